@@ -1,0 +1,67 @@
+"""The build: which extensions there are and how C is compiled. All metadata is in pyproject.toml."""
+
+import os
+import platform
+import sys
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+
+# QNATIVE_DEBUG=1: bounds checks in Cython, no optimisation. QNATIVE_SANITIZE=1: address and undefined-behaviour checks.
+DEBUG = os.environ.get("QNATIVE_DEBUG") == "1"
+SANITIZE = os.environ.get("QNATIVE_SANITIZE") == "1"
+
+C_SOURCES = [
+    "csrc/qn_cpu.c",
+    "csrc/qn_gemm_scalar.c",
+    "csrc/qn_gemm_avx2.c",
+    "csrc/qn_gemm_vnni.c",
+    "csrc/qn_linear.c",
+]
+
+if sys.platform == "win32":
+    compile_args, link_args, libraries = ["/O2", "/fp:precise", "/std:c11"], [], []
+else:
+    compile_args = [
+        "-std=c11",
+        "-O0" if DEBUG else "-O3",
+        "-ffp-contract=off",  # a product and a sum are two roundings on every machine unless fma is written out
+        "-fno-math-errno",  # these two drop error flags, not values; without them rounding loops stay scalar
+        "-fno-trapping-math",
+    ]
+    if platform.machine() in ("x86_64", "AMD64"):
+        compile_args.append("-march=x86-64-v2")  # the floor every wheel runs on; faster kernels are chosen at import
+    link_args, libraries = [], ["m"]
+    if DEBUG:
+        compile_args.append("-g")
+    if SANITIZE:
+        compile_args += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]
+        link_args += ["-fsanitize=address,undefined"]
+
+
+def extension(name: str, *sources: str) -> Extension:
+    return Extension(
+        f"qnative._core.{name}",
+        [f"qnative/_core/{name}.pyx", *sources],
+        include_dirs=["csrc"],
+        depends=["csrc/qn_gemm.h", "csrc/qn_tile.h"],
+        extra_compile_args=compile_args,
+        extra_link_args=link_args,
+        libraries=libraries,
+    )
+
+
+setup(
+    ext_modules=cythonize(
+        [extension("elementwise"), extension("floats"), extension("linear", *C_SOURCES)],
+        build_dir="build/cython",
+        compiler_directives={
+            "language_level": 3,
+            "boundscheck": DEBUG,
+            "wraparound": False,
+            "initializedcheck": DEBUG,
+            "cdivision": True,
+            "freethreading_compatible": True,
+        },
+    )
+)
