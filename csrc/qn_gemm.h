@@ -1,0 +1,160 @@
+/* SPDX-License-Identifier: BSD-3-Clause
+ *
+ * The contract of the linear layer: operand layouts, exactness bounds, one entry per operation.
+ *
+ *   y[m][n] = epilogue( sum over k of (a[m][k] - za[m]) * (w[n][k] - zw[n]) )
+ *
+ * One call of `qn_linear` goes, for each block of rows: quantize the rows -> integer product, tile by tile ->
+ * one epilogue per tile (zero points, scales, bias, activation, requantize). An int32 tile never leaves the cache.
+ *
+ * Activations ("A"): one row after another, codes always unsigned here, 0..255. Signed codes arrive as code ^ 0x80,
+ * with 128 added to their zero point. A kernel stores a code in one byte or two (`a_bytes`).
+ *
+ * Weights ("B"): panels of QN_NR = 16 columns (outputs). Everything an output needs lies with its panel:
+ *
+ *   panel p (columns 16p .. 16p+15), panel_bytes long, 64-byte aligned:
+ *     bias   [16]            float or int32          (if any)
+ *     scale  [groups][16]    float
+ *     sum    [groups][16]    int32, sum of the group's codes
+ *     zero   [groups][16]    int32                   (if any is not 0)
+ *     codes  [groups][group_k / 4][16][4]   int8:  one k-step is 64 bytes, 4 consecutive k for each column
+ *            k-step 0: | n0: k0 k1 k2 k3 | n1: k0 k1 k2 k3 | ... | n15: k0 k1 k2 k3 |
+ *            k-step 1: | n0: k4 k5 k6 k7 | ...
+ *            int4: two k-steps share 64 bytes, the even one in the low nibbles, the odd one in the high nibbles
+ *            float8: as int8, one code a byte
+ *
+ * The layout is the same for every instruction set: what one packs, any can run. k is padded with zero codes to
+ * group_k, a multiple of 8, in every group, and n to whole panels, so no kernel has a tail over k or n. Groups: k is
+ * cut into groups of `group` that have scales of their own; per channel and per tensor are one group of all k.
+ *
+ * Exactness: sums are taken modulo 2^32 and are right whenever the true sum fits int32. Where K is so large that it
+ * might not (the caller computes the bound and sets `wide`), partial sums over QN_SEGMENT of k are added in int64.
+ *
+ * Floats are combined in one order everywhere, without contraction (compile with -ffp-contract=off):
+ *   product = fl( fl(float(acc)) * fl(sx * sw) ); groups are added in ascending order; then + bias; then the activation.
+ *   Float activations: one chain of fused multiply-adds an output, k ascending from 0.
+ */
+#ifndef QN_GEMM_H
+#define QN_GEMM_H
+
+#include <stdint.h>
+
+enum {
+    QN_NR = 16,           /* columns of a panel */
+    QN_KR = 4,            /* consecutive k in a 32-bit lane */
+    QN_K_PAD = 8,         /* a group's k is padded to a multiple of this: two k-steps */
+    QN_SEGMENT = 32768,   /* k whose raw sum of u8 * s8 surely fits int32: 255 * 128 * 32768 < 2^31 */
+    QN_MAX_K = 1 << 23,   /* sums of codes fit int32 up to here: 255 * 2^23 < 2^31 */
+    QN_TILE_ROWS = 8,     /* no kernel's tile is larger than this */
+    QN_TILE_PANELS = 3,
+    QN_TILE_COLS = QN_TILE_PANELS * QN_NR
+};
+
+typedef enum { QN_INT8, QN_INT4, QN_FLOAT8_E4M3FN, QN_FLOAT8_E5M2 } qn_format;
+
+/* How a row of activations becomes codes. */
+typedef enum {
+    QN_INPUT_FLOAT,              /* it does not: float32 times decoded weights */
+    QN_INPUT_STATIC,             /* one scale and zero point given for all rows */
+    QN_INPUT_DYNAMIC,            /* each row its own: uint8 over its range, ONNX DynamicQuantizeLinear */
+    QN_INPUT_DYNAMIC_SYMMETRIC,  /* each row its own: -127..127, scale max|x| / 127 */
+    QN_INPUT_INT8_CODES,         /* codes already, with the static scale and zero point */
+    QN_INPUT_UINT8_CODES
+} qn_input;
+
+typedef enum { QN_OUTPUT_FLOAT32, QN_OUTPUT_INT8, QN_OUTPUT_UINT8, QN_OUTPUT_ACC32, QN_OUTPUT_ACC64 } qn_output;
+
+typedef enum { QN_IDENTITY, QN_RELU, QN_GELU, QN_GELU_TANH, QN_SILU } qn_activation;
+
+typedef enum { QN_NO_BIAS, QN_BIAS_FLOAT32, QN_BIAS_INT32 } qn_bias;
+
+/* A packed weight matrix. Read-only once packed; any number of threads may share it. */
+typedef struct {
+    qn_format format;
+    qn_bias bias;
+    int32_t asymmetric;                /* there are zero points */
+    int64_t n, k;                      /* out_features, in_features */
+    int64_t group, groups, group_k;    /* k in a group; groups; a group's k as padded */
+    int64_t panels, panel_bytes;
+    int64_t bias_at, scale_at, sum_at, zero_at, codes_at; /* byte offsets in a panel */
+    uint8_t *data;                     /* panels * panel_bytes, 64-byte aligned */
+} qn_weights;
+
+/* One forward call: y = layer(x). */
+typedef struct {
+    const qn_weights *w;
+    qn_input input;
+    qn_output output;
+    qn_activation activation;
+    int32_t wide;                            /* accumulate in int64 */
+    int64_t m;
+    const void *x;                           /* [m][k], float or codes */
+    int64_t x_stride;                        /* bytes from row to row; elements of a row are contiguous */
+    float in_scale;                          /* static input; zero point and range as unsigned codes (signed ones + 128) */
+    int32_t in_zero, in_min, in_max;
+    void *y;                                 /* [m][n]; accumulators [m][groups][n] */
+    int64_t y_stride;
+    float out_scale;                         /* integer output */
+    int32_t out_zero, out_min, out_max;
+} qn_call;
+
+/* A block of quantized rows. */
+typedef struct {
+    int64_t first, count;   /* rows of the call */
+    uint8_t *a;             /* codes, or floats for float8 weights, or x itself */
+    int64_t a_stride;       /* bytes */
+    float *scale;           /* [count] */
+    int32_t *zero;          /* [count], of the unsigned code */
+    int32_t *sum;           /* [count][groups], sums of codes; filled if the weights are asymmetric */
+} qn_rows;
+
+/* An instruction set's operations. Tiles are written as [rows][QN_TILE_COLS]. */
+typedef struct {
+    const char *name;
+    int (*usable)(void);
+    int32_t a_bytes;                 /* bytes an activation code takes */
+    int32_t rows, panels;            /* the largest tile */
+    int32_t float_rows, float_panels;
+    /* Quantize rows->count rows of the call into rows->a, with scales, zero points and sums. */
+    void (*quantize_rows)(const qn_call *c, qn_rows *rows);
+    /* acc = sum over k (a multiple of 4; of 8 for int4) of a * b; b points into the first panel's codes. */
+    void (*tile_int8)(int rows, int panels, int64_t k, const uint8_t *a, int64_t a_stride, const uint8_t *b,
+                      int64_t panel_bytes, int32_t *acc);
+    void (*tile_int4)(int rows, int panels, int64_t k, const uint8_t *a, int64_t a_stride, const uint8_t *b,
+                      int64_t panel_bytes, int32_t *acc);
+    /* acc = fma(a[k], b[k], acc), k ascending; b is [k][panels * 16] decoded weights. */
+    void (*tile_float)(int rows, int panels, int64_t k, const uint8_t *a, int64_t a_stride, const float *b, float *acc);
+    /* Decode k weights of one panel and group, from k0 on, into out[k][stride]; times their scale if `scaled`. */
+    void (*decode)(const qn_weights *w, const uint8_t *panel, int64_t g, int64_t k0, int64_t k, int scaled, float *out,
+                   int64_t stride);
+    /* Finish group g of a tile: either acc (integer sums) or converted (the same as float, corrected) is given;
+     * sum carries the groups' products from one group to the next; the last group writes y. */
+    void (*epilogue)(const qn_call *c, const qn_rows *rows, int64_t row, int count, int64_t panel, int panels, int64_t g,
+                     const int32_t *acc, const float *converted, float *sum);
+} qn_kernel;
+
+/* Every kernel compiled in, worst first, ended by a NULL name. */
+extern const qn_kernel *const qn_kernels[];
+extern const qn_kernel qn_kernel_scalar, qn_kernel_avx2, qn_kernel_avx512vnni;
+
+/* CPU features as the operating system lets us use them. */
+typedef struct {
+    int sse42, avx2, fma, f16c, avx_vnni, avx512f, avx512bw, avx512vl, avx512dq, avx512_vnni, amx_int8;
+    int neon, dotprod, i8mm;
+} qn_cpu;
+const qn_cpu *qn_cpu_features(void);
+
+/* Fill in the sizes and offsets of w from format, bias, asymmetric, n, k and group. */
+void qn_weights_layout(qn_weights *w);
+/* Pack 16 (or fewer) rows of codes into panel p, with the sums of its groups; codes [count][k], one a byte. */
+void qn_pack_panel(const qn_weights *w, int64_t p, const int8_t *codes, int64_t stride, int count);
+void qn_unpack_panel(const qn_weights *w, int64_t p, int8_t *codes, int64_t stride, int count);
+
+/* Bytes of scratch that a call needs (64-byte aligned), and the call. */
+int64_t qn_scratch_bytes(const qn_kernel *kernel, const qn_call *c);
+void qn_linear(const qn_kernel *kernel, const qn_call *c, uint8_t *scratch);
+
+/* One element's activation function, for tests and for the reference order of operations. */
+float qn_activate(float x, qn_activation activation);
+
+#endif

@@ -1,0 +1,370 @@
+/* SPDX-License-Identifier: BSD-3-Clause
+ *
+ * Everything around the products that is the same on every instruction set: quantizing rows, the epilogue with its
+ * activation functions, decoding weights. An instruction set's file defines a vector of QN_W floats and the verbs
+ * below, then includes this file once. The text is one, so the order of every operation is one, and so are the bits.
+ *
+ *   VF, VI, VU               vectors of QN_W floats, int32, uint32 (plain numbers where QN_W is 1); + - * / & | ^ << >> work
+ *   vf_load vf_store vu_load vu_store vf_splat vu_splat
+ *   vf_rint vf_abs           round half to even; absolute value
+ *   vf_min vf_max            a < b ? a : b;  a > b ? a : b    (so the second operand where either is NaN)
+ *   vf_less(a, b, x, y)      a < b ? x : y
+ *   vf_nan_to_zero           x == x ? x : 0
+ *   vf_from_vu, vu_from_vf   convert int32 (its bits held as uint32) to float, and back (whole values only)
+ *   vf_bits, vu_bits         the same bits, as float / as integer
+ *   vu_store_u8, vu_store_code   the low byte of each lane; an activation code in the kernel's width
+ *   vu_load_u8               bytes, zero-extended
+ *   QN_A_BYTES               bytes an activation code takes
+ */
+#include <math.h>
+#include <string.h>
+
+#define QN_INLINE static inline __attribute__((always_inline))
+
+/* ---- activation functions: fixed sequences of + - * /, within 2^-22 * max(1, |x|) of the true value ---- */
+
+/* e^x for -87 <= x <= 0: 2^n * e^r, r = x - n ln 2 taken off in two parts, e^r by its series. */
+QN_INLINE VF exp_of_negative(VF x) {
+    VF n = vf_rint(x * vf_splat(1.44269504f));
+    VF r = x - n * vf_splat(0.693359375f);
+    r = r - n * vf_splat(-2.12194440e-4f);
+    VF e = vf_splat(1.0f / 5040.0f);
+    e = e * r + vf_splat(1.0f / 720.0f);
+    e = e * r + vf_splat(1.0f / 120.0f);
+    e = e * r + vf_splat(1.0f / 24.0f);
+    e = e * r + vf_splat(1.0f / 6.0f);
+    e = e * r + vf_splat(0.5f);
+    e = e * r + vf_splat(1.0f);
+    e = e * r + vf_splat(1.0f);
+    VU power = (vu_from_vf(n) + vu_splat(127)) << 23;
+    return e * vf_bits(power);
+}
+
+/* All three are max(x, 0) - |x| * tail(|x|) with a tail that vanishes: nothing cancels, nothing overflows, and the
+ * negative side keeps its relative precision. A NaN stays one through the max. */
+QN_INLINE VF relu(VF x) { return vf_max(vf_splat(0.0f), x); }
+
+/* x * Phi(x), the tail being erfc(a / sqrt 2) / 2 = e^(-a^2 / 2) * poly(1 / (1 + 0.4 a)): the form of Abramowitz and
+ * Stegun 26.2.17 with six terms, refitted (weighted least squares) for the error of a * tail. */
+QN_INLINE VF gelu(VF x) {
+    VF a = vf_min(vf_abs(x), vf_splat(13.0f));
+    VF t = vf_splat(1.0f) / (vf_splat(1.0f) + vf_splat(0.4f) * a);
+    VF p = vf_splat(0.0570474230f);
+    p = p * t + vf_splat(-0.257022977f);
+    p = p * t + vf_splat(0.342932403f);
+    p = p * t + vf_splat(0.0109998528f);
+    p = p * t + vf_splat(0.189431950f);
+    p = p * t + vf_splat(0.156611666f);
+    p = p * t;
+    VF tail = exp_of_negative(vf_splat(-0.5f) * a * a) * p;
+    return relu(x) - a * tail;
+}
+
+/* x * sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3) */
+QN_INLINE VF gelu_tanh(VF x) {
+    VF a = vf_min(vf_abs(x), vf_splat(9.5f));
+    VF e = exp_of_negative(a * (vf_splat(-1.59576912f) + vf_splat(-0.0713548163f) * (a * a)));
+    return relu(x) - a * (e / (vf_splat(1.0f) + e));
+}
+
+/* x * sigmoid(x) */
+QN_INLINE VF silu(VF x) {
+    VF a = vf_min(vf_abs(x), vf_splat(87.0f));
+    VF e = exp_of_negative(vf_splat(0.0f) - a);
+    return relu(x) - a * (e / (vf_splat(1.0f) + e));
+}
+
+QN_INLINE VF activate(VF x, qn_activation activation) {
+    switch (activation) {
+    case QN_RELU: return relu(x);
+    case QN_GELU: return gelu(x);
+    case QN_GELU_TANH: return gelu_tanh(x);
+    case QN_SILU: return silu(x);
+    default: return x;
+    }
+}
+
+/* ---- quantizing a row ---- */
+
+/* How many of n remaining elements the vector at hand takes. */
+QN_INLINE size_t taken(int64_t n) { return n >= QN_W ? QN_W : (size_t)n & (QN_W - 1); }
+
+/* A vector of the first n elements, then zeros. */
+QN_INLINE VF load_some(const float *x, int64_t n) {
+    float padded[QN_W] = {0};
+    if (n >= QN_W) return vf_load(x);
+    memcpy(padded, x, taken(n) * sizeof *x);
+    return vf_load(padded);
+}
+
+/* clamp(rint(x / scale) + zero) as an unsigned code: clamped while it is a float, so that nothing overflows;
+ * a NaN becomes the zero point, an infinity the end of the range. */
+QN_INLINE VU quantize(VF x, VF scale, VF low, VF high, VU zero) {
+    VF t = vf_rint(vf_nan_to_zero(x / scale));
+    return vu_from_vf(vf_min(vf_max(t, low), high)) + zero;
+}
+
+/* The range of the finite entries of x[k], extended to contain 0. */
+static void finite_range(const float *x, int64_t k, float *low, float *high) {
+    VF lo = vf_splat(0.0f), hi = lo;
+    for (int64_t i = 0; i < k; i += QN_W) {
+        VF v = load_some(x + i, k - i);
+        v = vf_less(vf_abs(v), vf_splat(INFINITY), v, vf_splat(0.0f));
+        lo = vf_min(lo, v);
+        hi = vf_max(hi, v);
+    }
+    float los[QN_W], his[QN_W];
+    vf_store(los, lo);
+    vf_store(his, hi);
+    for (int j = 1; j < QN_W; j++) {
+        los[0] = los[j] < los[0] ? los[j] : los[0];
+        his[0] = his[j] > his[0] ? his[j] : his[0];
+    }
+    *low = los[0];
+    *high = his[0];
+}
+
+/* 1 where there is nothing but zeros; never below the smallest normal float32. */
+static float valid_scale(float scale, float largest) {
+    if (largest == 0.0f) return 1.0f;
+    return scale < 0x1p-126f ? 0x1p-126f : scale;
+}
+
+/* The scale, zero point and range of a row's codes. */
+typedef struct { float scale; int32_t zero, low, high; } row_params;
+
+static row_params params_of_row(const qn_call *c, const float *x) {
+    row_params p = {c->in_scale, c->in_zero, c->in_min, c->in_max};
+    float low, high;
+    if (c->input == QN_INPUT_DYNAMIC) {
+        finite_range(x, c->w->k, &low, &high);
+        float range = high - low;
+        p.scale = valid_scale(range <= 0x1.fffffep127f ? range / 255.0f : high / 255.0f - low / 255.0f, high > -low ? high : -low);
+        float zero = (0.0f - low) / p.scale;
+        p.zero = (int32_t)rintf(zero > 255.0f ? 255.0f : zero);
+        p.low = 0;
+        p.high = 255;
+    } else if (c->input == QN_INPUT_DYNAMIC_SYMMETRIC) {
+        finite_range(x, c->w->k, &low, &high);
+        float largest = high > -low ? high : -low;
+        p.scale = valid_scale(largest / 127.0f, largest);
+        p.zero = 128;
+        p.low = 1;
+        p.high = 255;
+    }
+    return p;
+}
+
+/* Quantize n floats into codes; returns the sum of the codes. */
+static int32_t quantize_floats(const float *x, int64_t n, row_params p, uint8_t *a) {
+    VF scale = vf_splat(p.scale), low = vf_splat((float)(p.low - p.zero)), high = vf_splat((float)(p.high - p.zero));
+    VU zero = vu_splat((uint32_t)p.zero), sums = vu_splat(0);
+    int64_t i = 0;
+    for (; i + QN_W <= n; i += QN_W) {
+        VU q = quantize(vf_load(x + i), scale, low, high, zero);
+        sums += q;
+        vu_store_code(a + i * QN_A_BYTES, q);
+    }
+    uint32_t lanes[QN_W], total = 0;
+    vu_store(lanes, sums);
+    for (int j = 0; j < QN_W; j++) total += lanes[j];
+    if (i < n) {
+        uint8_t codes[QN_W * QN_A_BYTES];
+        VU q = quantize(load_some(x + i, n - i), scale, low, high, zero);
+        vu_store_code(codes, q);
+        memcpy(a + i * QN_A_BYTES, codes, taken(n - i) * QN_A_BYTES);
+        vu_store(lanes, q);
+        for (int64_t j = 0; j < n - i; j++) total += lanes[j];
+    }
+    return (int32_t)total;
+}
+
+/* Take n codes as they are (signed ones ^ 0x80); returns their sum. */
+static int32_t take_codes(const uint8_t *x, int64_t n, uint32_t flip, uint8_t *a) {
+    VU sums = vu_splat(0);
+    uint32_t lanes[QN_W], total = 0;
+    for (int64_t i = 0; i < n; i += QN_W) {
+        uint8_t some[QN_W];
+        size_t count = taken(n - i);
+        memset(some, (int)flip, QN_W); /* beyond the end: code 0 */
+        memcpy(some, x + i, count);
+        uint8_t codes[QN_W * QN_A_BYTES];
+        VU q = vu_load_u8(some) ^ vu_splat(flip);
+        sums += q;
+        vu_store_code(codes, q);
+        memcpy(a + i * QN_A_BYTES, codes, count * QN_A_BYTES);
+    }
+    vu_store(lanes, sums);
+    for (int j = 0; j < QN_W; j++) total += lanes[j];
+    return (int32_t)total;
+}
+
+/* float8: quantize n floats and decode them again, for products in float32. A binade's quantum is a power of two, so
+ * rounding is one rint; below the smallest normal the quantum stays. */
+static void quantize_float8(const float *x, int64_t n, float scale, qn_format format, float *a) {
+    int mantissa = format == QN_FLOAT8_E4M3FN ? 3 : 2;
+    float largest = format == QN_FLOAT8_E4M3FN ? 448.0f : 57344.0f;
+    VF quantum = vf_splat(format == QN_FLOAT8_E4M3FN ? 0x1p-9f : 0x1p-16f);
+    VF per_quantum = vf_splat(format == QN_FLOAT8_E4M3FN ? 0x1p9f : 0x1p16f);
+    VF smallest_normal = vf_splat(format == QN_FLOAT8_E4M3FN ? 0x1p-6f : 0x1p-14f);
+    VU half = vu_splat((1u << (22 - mantissa)) - 1), mask = vu_splat(~((1u << (23 - mantissa)) - 1));
+    for (int64_t i = 0; i < n; i += QN_W) {
+        VF t = vf_nan_to_zero(load_some(x + i, n - i) / vf_splat(scale));
+        VF size = vf_min(vf_abs(t), vf_splat(largest));
+        VU sign = vu_bits(t) & vu_splat(0x80000000u);
+        VU bits = vu_bits(size);
+        VF normal = vf_bits((bits + half + ((bits >> (23 - mantissa)) & vu_splat(1))) & mask);
+        VF subnormal = vf_rint(size * per_quantum) * quantum;
+        VF rounded = vf_bits(vu_bits(vf_less(size, smallest_normal, subnormal, normal)) | sign);
+        float lanes[QN_W];
+        vf_store(lanes, rounded);
+        memcpy(a + i, lanes, taken(n - i) * sizeof *a);
+    }
+}
+
+static void quantize_rows(const qn_call *c, qn_rows *rows) {
+    const qn_weights *w = c->w;
+    int float8 = w->format >= QN_FLOAT8_E4M3FN;
+    for (int64_t i = 0; i < rows->count; i++) {
+        const uint8_t *x = (const uint8_t *)c->x + (rows->first + i) * c->x_stride;
+        uint8_t *a = rows->a + i * rows->a_stride;
+        if (float8) {
+            float low, high, largest = w->format == QN_FLOAT8_E4M3FN ? 448.0f : 57344.0f, scale = c->in_scale;
+            if (c->input != QN_INPUT_STATIC) {
+                finite_range((const float *)x, w->k, &low, &high);
+                high = high > -low ? high : -low;
+                scale = valid_scale(high / largest, high);
+            }
+            rows->scale[i] = scale;
+            quantize_float8((const float *)x, w->k, scale, w->format, (float *)a);
+            continue;
+        }
+        int codes = c->input == QN_INPUT_INT8_CODES || c->input == QN_INPUT_UINT8_CODES;
+        row_params p = params_of_row(c, (const float *)x);
+        rows->scale[i] = p.scale;
+        rows->zero[i] = p.zero;
+        for (int64_t g = 0; g < w->groups; g++) {
+            int64_t start = g * w->group, n = w->k - start < w->group ? w->k - start : w->group;
+            uint8_t *to = a + g * w->group_k * QN_A_BYTES;
+            rows->sum[i * w->groups + g] =
+                codes ? take_codes(x + start, n, c->input == QN_INPUT_INT8_CODES ? 0x80 : 0, to)
+                      : quantize_floats((const float *)x + start, n, p, to);
+            memset(to + n * QN_A_BYTES, 0, (size_t)(w->group_k - n) * QN_A_BYTES);
+        }
+    }
+}
+
+/* ---- the epilogue ---- */
+
+QN_INLINE void epilogue_16(const qn_call *c, const qn_rows *rows, int64_t i, const uint8_t *panel, int64_t g, int last,
+                           int columns, const int32_t *acc, const float *converted, float *sum, uint8_t *y) {
+    const qn_weights *w = c->w;
+    const float *scale = (const float *)(panel + w->scale_at) + g * QN_NR;
+    const uint32_t *code_sum = (const uint32_t *)(panel + w->sum_at) + g * QN_NR;
+    const uint32_t *weight_zero = (const uint32_t *)(panel + w->zero_at) + g * QN_NR;
+    int64_t k = w->k - g * w->group < w->group ? w->k - g * w->group : w->group;
+    int floats = c->input == QN_INPUT_FLOAT;
+    for (int n = 0; n < QN_NR; n += QN_W) {
+        VF product;
+        if (acc) {
+            VU v = vu_load((const uint32_t *)acc + n);
+            v -= vu_splat((uint32_t)rows->zero[i]) * vu_load(code_sum + n);
+            if (w->asymmetric) {
+                uint32_t centred = (uint32_t)rows->sum[i * w->groups + g] - (uint32_t)k * (uint32_t)rows->zero[i];
+                v -= vu_load(weight_zero + n) * vu_splat(centred);
+            }
+            if (w->bias == QN_BIAS_INT32) v += vu_load((const uint32_t *)(panel + w->bias_at) + n);
+            if (c->output == QN_OUTPUT_ACC32) {
+                uint32_t lanes[QN_W];
+                vu_store(lanes, v);
+                if (columns > n) memcpy(y + n * 4, lanes, taken(columns - n) * 4);
+                continue;
+            }
+            product = vf_from_vu(v);
+        } else {
+            product = vf_load(converted + n);
+        }
+        if (!floats) product = product * (vf_splat(rows->scale[i]) * vf_load(scale + n));
+        if (g > 0 && !floats) product = vf_load(sum + n) + product;
+        if (!last) {
+            vf_store(sum + n, product);
+            continue;
+        }
+        VF value = product;
+        if (w->bias == QN_BIAS_FLOAT32) value = value + vf_load((const float *)(panel + w->bias_at) + n);
+        value = activate(value, c->activation);
+        if (c->output == QN_OUTPUT_FLOAT32) {
+            if (columns - n >= QN_W) {
+                vf_store((float *)y + n, value);
+            } else if (columns > n) {
+                float lanes[QN_W];
+                vf_store(lanes, value);
+                memcpy(y + n * 4, lanes, taken(columns - n) * 4);
+            }
+        } else {
+            VU q = quantize(value, vf_splat(c->out_scale), vf_splat((float)(c->out_min - c->out_zero)),
+                            vf_splat((float)(c->out_max - c->out_zero)), vu_splat((uint32_t)c->out_zero));
+            uint8_t lanes[QN_W];
+            vu_store_u8(lanes, q);
+            if (columns > n) memcpy(y + n, lanes, taken(columns - n));
+        }
+    }
+}
+
+static void epilogue(const qn_call *c, const qn_rows *rows, int64_t row, int count, int64_t panel, int panels, int64_t g,
+                     const int32_t *acc, const float *converted, float *sum) {
+    const qn_weights *w = c->w;
+    int last = g == w->groups - 1 || c->input == QN_INPUT_FLOAT;
+    int64_t element = c->output == QN_OUTPUT_INT8 || c->output == QN_OUTPUT_UINT8 ? 1 : 4;
+    int64_t skip = c->output == QN_OUTPUT_ACC32 ? g * w->n : 0; /* accumulators are kept apart group by group */
+    for (int r = 0; r < count; r++) {
+        uint8_t *y = (uint8_t *)c->y + (rows->first + row + r) * c->y_stride;
+        for (int p = 0; p < panels; p++) {
+            int64_t column = (panel + p) * QN_NR;
+            int64_t columns = w->n - column < QN_NR ? w->n - column : QN_NR;
+            int64_t at = (int64_t)r * QN_TILE_COLS + p * QN_NR;
+            epilogue_16(c, rows, row + r, w->data + (panel + p) * w->panel_bytes, g, last, (int)columns,
+                        acc ? acc + at : 0, converted ? converted + at : 0, sum + at, y + (skip + column) * element);
+        }
+    }
+}
+
+/* ---- decoding weights to floats ---- */
+
+static void decode(const qn_weights *w, const uint8_t *panel, int64_t g, int64_t k0, int64_t k, int scaled, float *out,
+                   int64_t stride) {
+    const float *scale = (const float *)(panel + w->scale_at) + g * QN_NR;
+    const uint32_t *zero = (const uint32_t *)(panel + w->zero_at) + g * QN_NR;
+    const uint8_t *codes = panel + w->codes_at + g * w->group_k * QN_NR / (w->format == QN_INT4 ? 2 : 1);
+    for (int64_t i = k0; i < k0 + k; i++, out += stride) {
+        uint8_t row[QN_NR];
+        if (w->format == QN_INT4) {
+            const uint8_t *step = codes + i / 8 * 64 + i % 4;
+            for (int n = 0; n < QN_NR; n++) row[n] = (uint8_t)(i / 4 % 2 ? step[n * 4] >> 4 : step[n * 4] & 15);
+        } else {
+            const uint8_t *step = codes + i / 4 * 64 + i % 4;
+            for (int n = 0; n < QN_NR; n++) row[n] = step[n * 4];
+        }
+        for (int n = 0; n < QN_NR; n += QN_W) {
+            VU code = vu_load_u8(row + n);
+            VF value;
+            if (w->format == QN_INT8 || w->format == QN_INT4) {
+                if (w->format == QN_INT8) code = (code ^ vu_splat(0x80)) - vu_splat(0x80);
+                if (w->asymmetric) code -= vu_load(zero + n);
+                value = vf_from_vu(code);
+            } else {
+                int mantissa = w->format == QN_FLOAT8_E4M3FN ? 3 : 2;
+                VU size = code & vu_splat(0x7F);
+                VF normal = vf_bits((size << (23 - mantissa)) + vu_splat((mantissa == 3 ? 120u : 112u) << 23));
+                VF subnormal = vf_from_vu(size) * vf_splat(mantissa == 3 ? 0x1p-9f : 0x1p-16f);
+                value = vf_less(vf_from_vu(size), vf_splat((float)(1 << mantissa)), subnormal, normal);
+                /* the codes above the largest finite one: Inf and NaN */
+                VF special = vf_less(vf_from_vu(size), vf_splat(mantissa == 3 ? 0.0f : 125.0f), vf_splat(INFINITY), vf_splat(NAN));
+                value = vf_less(vf_splat(mantissa == 3 ? 126.0f : 123.0f), vf_from_vu(size), special, value);
+                value = vf_bits(vu_bits(value) | ((code & vu_splat(0x80)) << 24));
+            }
+            if (scaled) value = value * vf_load(scale + n);
+            vf_store(out + n, value);
+        }
+    }
+}

@@ -1,0 +1,51 @@
+"""The gate: every native function that Python may call. Nothing else imports the compiled modules.
+
+The contract, for all of them: array arguments are C-contiguous, aligned and in native byte order, inputs may be
+read-only, outputs are allocated by the caller and written in full. Sizes are checked here, whatever Python has checked,
+and a wrong one raises ValueError; meaning (which dtype, which range, what message a user needs) is Python's.
+Long loops run without the GIL.
+
+elementwise   count_nonfinite min_max quantize dequantize fake_quantize quantize_float8 dequantize_float8
+              pack_nibbles unpack_nibbles squared_sums histogram_of_codes
+floats        encode encode8 decode8 decode_bfloat16
+linear        PackedLinear activate isa isas cpu_features
+"""
+
+from qnative._core.elementwise import (
+    count_nonfinite,
+    dequantize,
+    dequantize_float8,
+    fake_quantize,
+    histogram_of_codes,
+    min_max,
+    pack_nibbles,
+    quantize,
+    quantize_float8,
+    squared_sums,
+    unpack_nibbles,
+)
+from qnative._core.floats import decode8, decode_bfloat16, encode, encode8
+from qnative._core.linear import PackedLinear, activate, cpu_features, isa, isas
+
+__all__ = [
+    "PackedLinear",
+    "activate",
+    "count_nonfinite",
+    "cpu_features",
+    "decode8",
+    "decode_bfloat16",
+    "dequantize",
+    "dequantize_float8",
+    "encode",
+    "encode8",
+    "fake_quantize",
+    "histogram_of_codes",
+    "isa",
+    "isas",
+    "min_max",
+    "pack_nibbles",
+    "quantize",
+    "quantize_float8",
+    "squared_sums",
+    "unpack_nibbles",
+]

@@ -1,0 +1,84 @@
+"""The whole C surface, as csrc/qn_gemm.h declares it."""
+
+from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t
+
+
+cdef extern from "qn_gemm.h" nogil:
+    enum:
+        QN_NR
+        QN_MAX_K
+
+    ctypedef enum qn_format:
+        QN_INT8
+        QN_INT4
+        QN_FLOAT8_E4M3FN
+        QN_FLOAT8_E5M2
+
+    ctypedef enum qn_input:
+        QN_INPUT_FLOAT
+        QN_INPUT_STATIC
+        QN_INPUT_DYNAMIC
+        QN_INPUT_DYNAMIC_SYMMETRIC
+        QN_INPUT_INT8_CODES
+        QN_INPUT_UINT8_CODES
+
+    ctypedef enum qn_output:
+        QN_OUTPUT_FLOAT32
+        QN_OUTPUT_INT8
+        QN_OUTPUT_UINT8
+        QN_OUTPUT_ACC32
+        QN_OUTPUT_ACC64
+
+    ctypedef enum qn_activation:
+        QN_IDENTITY
+        QN_RELU
+        QN_GELU
+        QN_GELU_TANH
+        QN_SILU
+
+    ctypedef enum qn_bias:
+        QN_NO_BIAS
+        QN_BIAS_FLOAT32
+        QN_BIAS_INT32
+
+    ctypedef struct qn_weights:
+        qn_format format
+        qn_bias bias
+        int32_t asymmetric
+        int64_t n, k, group, groups, group_k, panels, panel_bytes
+        int64_t bias_at, scale_at, sum_at, zero_at, codes_at
+        uint8_t *data
+
+    ctypedef struct qn_call:
+        const qn_weights *w
+        qn_input input
+        qn_output output
+        qn_activation activation
+        int32_t wide
+        int64_t m
+        const void *x
+        int64_t x_stride
+        float in_scale
+        int32_t in_zero, in_min, in_max
+        void *y
+        int64_t y_stride
+        float out_scale
+        int32_t out_zero, out_min, out_max
+
+    ctypedef struct qn_kernel:
+        const char *name
+        int (*usable)() noexcept nogil
+
+    const qn_kernel *qn_kernels[]
+
+    ctypedef struct qn_cpu:
+        int sse42, avx2, fma, f16c, avx_vnni, avx512f, avx512bw, avx512vl, avx512dq, avx512_vnni, amx_int8
+        int neon, dotprod, i8mm
+
+    const qn_cpu *qn_cpu_features() noexcept
+    void qn_weights_layout(qn_weights *w) noexcept
+    void qn_pack_panel(const qn_weights *w, int64_t p, const int8_t *codes, int64_t stride, int count) noexcept
+    void qn_unpack_panel(const qn_weights *w, int64_t p, int8_t *codes, int64_t stride, int count) noexcept
+    int64_t qn_scratch_bytes(const qn_kernel *kernel, const qn_call *c) noexcept
+    void qn_linear(const qn_kernel *kernel, const qn_call *c, uint8_t *scratch) noexcept
+    float qn_activate(float x, qn_activation activation) noexcept
