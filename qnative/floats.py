@@ -1,0 +1,136 @@
+"""Floating-point data: what arrays are taken, and small formats (float8, float16, bfloat16) to codes and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from qnative import _core
+
+__all__ = ["as_float_array", "decode", "encode", "float_dtype"]
+
+_FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
+_FLOAT16 = ("float16", "bfloat16")
+_NAMES = _FLOAT8 + _FLOAT16
+
+
+def _name_of(dtype: object) -> str:
+    name = dtype if isinstance(dtype, str) else getattr(dtype, "name", None) or getattr(dtype, "__name__", None)
+    if name not in _NAMES:
+        raise ValueError(f"{dtype!r} is not a format that can be encoded; choose one of {', '.join(_NAMES)}")
+    return str(name)
+
+
+def as_float_array(x: ArrayLike) -> NDArray[Any]:
+    """Return x as a C-contiguous, aligned array of native float32 or float64, copied only where it must be.
+
+    float16, bfloat16 and float8 (ml_dtypes) are widened to float32, exactly. Views, read-only and memory-mapped arrays,
+    big-endian data and Python floats (nested lists of them too) are taken.
+
+    Raises
+    ------
+    TypeError
+        For integers, booleans, complex numbers and objects: say what they mean with ``.astype(np.float32)`` first.
+    """
+    array = np.asarray(x)
+    if isinstance(x, int) and not isinstance(x, bool):
+        array = np.asarray(float(x))
+    if array.dtype.name in _NAMES:
+        return array.astype(np.float32, order="C") if array.dtype.kind == "f" else decode(array, array.dtype.name)
+    if array.dtype.kind != "f" or array.dtype.itemsize > 8:
+        raise TypeError(
+            f"expected an array of float16, bfloat16, float32 or float64, not {array.dtype}; "
+            "convert it with .astype(np.float32) if its values are meant as real numbers"
+        )
+    native = array.dtype.newbyteorder("=")
+    if array.dtype == native and array.flags.c_contiguous and array.flags.aligned:
+        return array
+    return np.array(array, dtype=native, order="C")
+
+
+def float_dtype(name: object) -> np.dtype[Any]:
+    """Return the NumPy dtype of a float's name; bfloat16 and float8 come from ml_dtypes, imported when asked for."""
+    if isinstance(name, str) and (name == "bfloat16" or name in _FLOAT8):
+        try:
+            import ml_dtypes
+        except ImportError:
+            raise ImportError(f"an array of {name} needs the package ml_dtypes: pip install ml_dtypes") from None
+        return np.dtype(getattr(ml_dtypes, name))
+    dtype = np.dtype(name)  # type: ignore[call-overload]
+    if dtype.kind != "f" and dtype.name not in _NAMES:
+        raise ValueError(f"{name!r} is not a floating-point dtype")
+    return np.dtype(dtype)
+
+
+def encode(x: ArrayLike, dtype: object, saturate: bool | None = None) -> NDArray[Any]:
+    """Encode values as the codes (bit patterns) of a small floating-point format.
+
+    Rounds once, to nearest, ties to even, from the input's own precision (float64 too). NaN stays NaN; the sign of
+    zero is kept except in the ``fnuz`` formats, which have one zero.
+
+    Parameters
+    ----------
+    x : array_like of float
+        Any shape; float16, bfloat16, float32 or float64.
+    dtype : str
+        ``"float8_e4m3fn"``, ``"float8_e5m2"``, ``"float8_e4m3fnuz"``, ``"float8_e5m2fnuz"``, ``"float16"``, ``"bfloat16"``.
+    saturate : bool, optional
+        True: everything beyond the largest finite value, infinities too, becomes that value (448, 57344, 240, 57344,
+        65504, 3.39e38). False: it becomes Inf, or NaN in the formats that have no Inf. Default: True for float8,
+        False for float16 and bfloat16, as each is customarily used.
+
+    Returns
+    -------
+    numpy.ndarray
+        uint8 for float8, uint16 for float16 and bfloat16, of x's shape.
+
+    References
+    ----------
+    OCP 8-bit Floating Point Specification (OFP8), 2023; the ``fnuz`` formats as in ONNX and ml_dtypes.
+    """
+    name = _name_of(dtype)
+    values = as_float_array(x)
+    eight = name in _FLOAT8
+    codes = np.empty(values.shape, np.uint8 if eight else np.uint16)
+    loop = _core.encode8 if eight else _core.encode
+    loop(values.reshape(-1), name, eight if saturate is None else bool(saturate), codes.reshape(-1))
+    return codes
+
+
+def decode(codes: ArrayLike, dtype: object) -> NDArray[np.float32]:
+    """Decode the codes of a small floating-point format to float32; every value is exact.
+
+    Parameters
+    ----------
+    codes : array_like of uint8 or uint16
+        As `encode` returns them, or an ml_dtypes / float16 array of that format.
+    dtype : str
+        As for `encode`.
+
+    Returns
+    -------
+    numpy.ndarray
+        float32, of the codes' shape.
+    """
+    name = _name_of(dtype)
+    wanted = np.dtype(np.uint8 if name in _FLOAT8 else np.uint16)
+    array = np.asarray(codes)
+    if array.dtype.name == name:
+        array = np.ascontiguousarray(array).reshape(array.shape).view(wanted)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"codes of {name} are {wanted.name}, not {array.dtype}; encode() gives them")
+    if array.dtype != wanted:
+        if array.size and (array.min() < 0 or array.max() > np.iinfo(wanted).max):
+            raise ValueError(f"codes of {name} lie in 0..{np.iinfo(wanted).max}, not {array.min()}..{array.max()}")
+        array = array.astype(wanted)
+    shape, array = array.shape, np.ascontiguousarray(array, wanted)
+    if name == "float16":
+        return array.view(np.float16).astype(np.float32).reshape(shape)
+    out = np.empty(shape, np.float32)
+    if name == "bfloat16":
+        _core.decode_bfloat16(array.reshape(-1), out.reshape(-1))
+    else:
+        _core.decode8(array.reshape(-1), name, out.reshape(-1))
+    return out

@@ -1,0 +1,102 @@
+"""Which elements share a scale: the shape of the scales, and the walk over an array that the native loops take."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from qnative import _core
+from qnative.config import QuantConfig
+from qnative.floats import as_float_array
+
+__all__ = ["Granules", "block_min_max", "nonfinite_error"]
+
+
+class Granules(NamedTuple):
+    """How an array of some shape is cut into the elements that share a scale.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        Of the scales: ``()`` per tensor, ``(channels,)`` per channel, the array's with the axis divided per group.
+    walk : tuple
+        ``(outer, length, inner, block, per_outer, per_inner)``, as the native loops walk a C-contiguous array
+        (see ``_core/elementwise.pyx``).
+    """
+
+    shape: tuple[int, ...]
+    walk: tuple[int, int, int, int, bool, bool]
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], axis: int | None = None, group_size: int | None = None) -> Granules:
+        """Cut `shape` per tensor (no axis), per channel (an axis), or per group (a group size; axis -1 by default)."""
+        if group_size is not None and axis is None:
+            axis = -1
+        if axis is None:
+            return cls((), (1, 1, math.prod(shape), 1, False, False))
+        if not -len(shape) <= axis < len(shape):
+            raise ValueError(f"axis={axis} does not exist in an array of shape {shape}")
+        axis %= len(shape)
+        outer, length, inner = math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :])
+        last = axis == len(shape) - 1
+        if group_size is None:
+            if last:
+                return cls((length,), (outer, 1, length, 1, False, True))
+            return cls((length,), (outer, length, inner, 1, False, False))
+        if group_size < 1:
+            raise ValueError(f"group_size={group_size} must be at least 1")
+        groups = -(-length // group_size)
+        return cls((*shape[:axis], groups, *shape[axis + 1 :]), (outer, length, inner, group_size, True, not last))
+
+    @classmethod
+    def of_config(cls, shape: tuple[int, ...], config: QuantConfig) -> Granules:
+        """Cut `shape` as a `QuantConfig` says."""
+        return cls.of(shape, config.axis, config.group_size)
+
+    def spread(self, values: NDArray[Any], dtype: Any) -> NDArray[Any]:
+        """Return `values`, of shape () or the scales', as one flat contiguous array with an entry for each scale."""
+        flat = np.ascontiguousarray(np.broadcast_to(values, self.shape), dtype=dtype)
+        return flat.reshape(-1)
+
+
+def nonfinite_error(bad: int, size: int) -> ValueError:
+    """Build the error for NaNs and infinities in data that is to be quantized."""
+    return ValueError(
+        f"{bad} of {size} values are NaN or infinite and have no code; clean the data, "
+        'or pass nan="zero" to quantize NaN as 0 and infinities as the ends of the range'
+    )
+
+
+def block_min_max(x: ArrayLike, config: QuantConfig) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Find the least and greatest value of each scale's elements.
+
+    Parameters
+    ----------
+    x : array_like of float
+        Any shape.
+    config : QuantConfig
+        Its granularity, axis and group size.
+
+    Returns
+    -------
+    min, max : numpy.ndarray of float64
+        Of the scales' shape; 0 for a scale without elements.
+
+    Raises
+    ------
+    ValueError
+        If x holds NaN or infinities; the message says how many.
+    """
+    values = as_float_array(x)
+    granules = Granules.of_config(values.shape, config)
+    low = np.full(granules.shape, np.inf, values.dtype)
+    high = np.full(granules.shape, -np.inf, values.dtype)
+    bad = _core.min_max(values.reshape(-1), granules.walk, low.reshape(-1), high.reshape(-1))
+    if bad:
+        raise nonfinite_error(bad, values.size)
+    empty = low > high
+    low[empty] = high[empty] = 0.0
+    return low.astype(np.float64), high.astype(np.float64)

@@ -1,0 +1,710 @@
+"""Quantized tensors, and the elementwise quantize, dequantize and fake-quantize below them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import InitVar, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from qnative import _core
+from qnative.config import (
+    CodeDType,
+    ObserverMethod,
+    QParams,
+    QuantConfig,
+    check_code_range,
+    check_scale,
+    check_zero_point,
+    code_dtype,
+    qparams_from_range,
+)
+from qnative.floats import as_float_array, decode, encode, float_dtype
+from qnative.granularity import Granules, block_min_max, nonfinite_error
+
+__all__ = [
+    "QuantizedTensor",
+    "dequantize",
+    "dequantize_tensor",
+    "fake_quantize",
+    "quantize",
+    "quantize_tensor",
+    "sqnr",
+]
+
+#: What a tensor may have been before.
+ORIGINAL_DTYPES = ("float32", "float64", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+
+#: Elements decoded at a time where a whole tensor is walked: bounds the temporary memory to a few megabytes.
+_BLOCK = 1 << 20
+
+
+# Elementwise
+
+
+def _parameters(
+    shape: tuple[int, ...],
+    scale: ArrayLike,
+    zero_point: ArrayLike | None,
+    info: CodeDType,
+    axis: int | None,
+    group_size: int | None,
+) -> tuple[Granules, NDArray[np.float32], NDArray[np.int32]]:
+    """Check a scale and zero point against an array's shape; return the walk and both as flat arrays."""
+    scales = check_scale(scale)
+    zeros = check_zero_point(zero_point, info, scales.shape)
+    if scales.ndim == 0 and axis is None and group_size is None:
+        granules = Granules.of(shape)
+    else:
+        if axis is None and group_size is None:
+            raise ValueError(f"scale has shape {scales.shape}; say which axis it runs along with axis=")
+        granules = Granules.of(shape, axis, group_size)
+        if scales.shape not in ((), granules.shape):
+            how = f"axis={axis}" if group_size is None else f"axis={axis}, group_size={group_size}"
+            raise ValueError(f"scale has shape {scales.shape}; data of shape {shape} with {how} needs {granules.shape}")
+    return granules, granules.spread(scales, np.float32), granules.spread(zeros, np.int32)
+
+
+def _code_range(info: CodeDType, quant_min: float | None, quant_max: float | None) -> tuple[int, int]:
+    low, high = check_code_range(info, quant_min, quant_max)
+    return (0, 0) if info.is_float else (int(low), int(high))  # float8 is not clamped by code
+
+
+def _check_nan(values: NDArray[Any], nan: str, info: CodeDType) -> NDArray[Any]:
+    if nan not in ("raise", "zero"):
+        raise ValueError(f'nan={nan!r} must be "raise" or "zero"')
+    if nan == "raise":
+        bad = _core.count_nonfinite(values.reshape(-1))
+        if bad:
+            raise nonfinite_error(bad, values.size)
+    elif info.is_float and np.isnan(values).any():
+        return np.where(np.isnan(values), values.dtype.type(0), values)  # integer loops do this themselves
+    return values
+
+
+def _quantize(
+    values: NDArray[Any], info: CodeDType, granules: Granules, scales: Any, zeros: Any, low: int, high: int
+) -> NDArray[Any]:
+    codes = np.empty(values.shape, np.uint8)
+    if info.is_float:
+        _core.quantize_float8(values.reshape(-1), scales, granules.walk, info.name, codes.reshape(-1))
+    else:
+        _core.quantize(values.reshape(-1), scales, zeros, granules.walk, low, high, codes.reshape(-1))
+    return codes.view(info.storage)
+
+
+def _dequantize(codes: NDArray[Any], info: CodeDType, granules: Granules, scales: Any, zeros: Any) -> NDArray[np.float32]:
+    out = np.empty(codes.shape, np.float32)
+    flat = codes.reshape(-1).view(np.uint8)
+    if info.is_float:
+        _core.dequantize_float8(flat, scales, granules.walk, info.name, out.reshape(-1))
+    else:
+        _core.dequantize(flat, info.is_signed, scales, zeros, granules.walk, out.reshape(-1))
+    return out
+
+
+def _cast(values: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Round float32 once to another float dtype; overflow becomes Inf, as a cast does."""
+    if values.dtype == dtype:
+        return values
+    if dtype.name == "bfloat16":
+        return encode(values, "bfloat16").view(dtype)
+    with np.errstate(over="ignore"):
+        return values.astype(dtype)
+
+
+def _deliver(result: NDArray[Any], out: NDArray[Any] | None) -> NDArray[Any]:
+    if out is None:
+        return result
+    if not isinstance(out, np.ndarray):
+        raise TypeError(f"out must be a numpy.ndarray, not {type(out).__name__}")
+    if out.shape != result.shape or out.dtype != result.dtype:
+        raise ValueError(f"out is {out.dtype} of shape {out.shape}; it must be {result.dtype} of shape {result.shape}")
+    if not out.flags.writeable:
+        raise ValueError("out is read-only; pass an array that can be written to")
+    out[...] = result
+    return out
+
+
+def quantize(
+    x: ArrayLike,
+    scale: ArrayLike,
+    zero_point: ArrayLike | None = None,
+    dtype: str = "int8",
+    axis: int | None = None,
+    *,
+    group_size: int | None = None,
+    quant_min: float | None = None,
+    quant_max: float | None = None,
+    nan: str = "raise",
+    out: NDArray[Any] | None = None,
+) -> NDArray[Any]:
+    """Turn values into codes: ``clamp(rint(x / scale) + zero_point, quant_min, quant_max)``.
+
+    True division in float32 (float64 input: in float64, rounded once), ties to even, the zero point added after
+    rounding, as ONNX QuantizeLinear has it. For float8: ``encode(x / scale)``, saturating.
+
+    Parameters
+    ----------
+    x : array_like of float
+        Any shape; float16, bfloat16, float32 or float64.
+    scale : float or array_like
+        Finite and > 0. A float per tensor; shape ``(x.shape[axis],)`` with `axis`; x's shape with the axis divided by
+        the group size (rounded up) with `group_size`.
+    zero_point : int or array_like, optional
+        The code of 0.0, of `scale`'s shape; 0 by default.
+    dtype : str
+        The code dtype.
+    axis : int, optional
+        The axis of the channels, or along which groups run (then -1 by default).
+    group_size : int, optional
+        Elements that share a scale along `axis`; the last group may be shorter.
+    quant_min, quant_max : int, optional
+        The codes to clamp to; the dtype's full range by default.
+    nan : {"raise", "zero"}
+        Raise at NaN and infinities, or map NaN to the zero point and infinities to the ends of the range.
+    out : numpy.ndarray, optional
+        Where to write the codes; of the result's shape and dtype.
+
+    Returns
+    -------
+    numpy.ndarray
+        One element a code: int8 for int8 and int4, uint8 for the others.
+
+    Raises
+    ------
+    ValueError
+        For NaN or infinities (unless ``nan="zero"``), a bad scale, zero point, range or shape.
+    TypeError
+        If x is not of floats.
+    """
+    info = code_dtype(dtype)
+    values = as_float_array(x)
+    granules, scales, zeros = _parameters(values.shape, scale, zero_point, info, axis, group_size)
+    low, high = _code_range(info, quant_min, quant_max)
+    values = _check_nan(values, nan, info)
+    return _deliver(_quantize(values, info, granules, scales, zeros, low, high), out)
+
+
+def dequantize(
+    codes: ArrayLike,
+    scale: ArrayLike,
+    zero_point: ArrayLike | None = None,
+    dtype: str | None = None,
+    axis: int | None = None,
+    *,
+    group_size: int | None = None,
+    out_dtype: Any = "float32",
+    out: NDArray[Any] | None = None,
+) -> NDArray[Any]:
+    """Turn codes into values: ``(code - zero_point) * scale`` in float32, then one rounding to `out_dtype`.
+
+    Parameters
+    ----------
+    codes : array_like
+        One element a code, as `quantize` returns them; ml_dtypes arrays (int4, float8 ...) too.
+    scale, zero_point, axis, group_size
+        As for `quantize`.
+    dtype : str, optional
+        The code dtype; that of the array by default. Needed for int4 codes in int8 arrays and float8 codes in uint8.
+    out_dtype : str or dtype
+        ``"float32"``, ``"float64"``, ``"float16"`` or ``"bfloat16"`` (which needs ml_dtypes).
+    out : numpy.ndarray, optional
+        Where to write the values; of the codes' shape and of `out_dtype`.
+
+    Returns
+    -------
+    numpy.ndarray
+        Of `out_dtype` and the codes' shape.
+    """
+    array = np.asarray(codes)
+    info = code_dtype(array.dtype.name if dtype is None else dtype)
+    wanted = float_dtype(out_dtype)
+    if wanted.itemsize < 2:
+        raise ValueError(f"out_dtype={wanted.name} has no room for values; use float32, float64, float16 or bfloat16")
+    array = _as_codes(array, info)
+    granules, scales, zeros = _parameters(array.shape, scale, zero_point, info, axis, group_size)
+    return _deliver(_cast(_dequantize(array, info, granules, scales, zeros), wanted), out)
+
+
+def _as_codes(array: NDArray[Any], info: CodeDType) -> NDArray[Any]:
+    """Return codes as a C-contiguous array of the dtype's storage; refuse what is not a code."""
+    if info.is_float and array.dtype.name == info.name:
+        array = array.view(np.uint8) if array.flags.c_contiguous else np.ascontiguousarray(array).view(np.uint8)
+    elif array.dtype.name == info.name and array.dtype != info.storage:
+        array = array.astype(info.storage)  # ml_dtypes' int4 and uint4: a byte each
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"codes of {info.name} are {info.storage.name}, not {array.dtype}; quantize() gives them")
+    low, high = (0, 255) if info.is_float else (info.min, info.max)
+    if array.size and (array.dtype != info.storage or info.bits < 8) and (array.min() < low or array.max() > high):
+        raise ValueError(f"codes {array.min()}..{array.max()} are outside {info.name}'s {low}..{high}")
+    return np.array(array, dtype=info.storage, order="C", copy=None)
+
+
+def fake_quantize(
+    x: ArrayLike,
+    scale: ArrayLike,
+    zero_point: ArrayLike | None = None,
+    dtype: str = "int8",
+    axis: int | None = None,
+    *,
+    group_size: int | None = None,
+    quant_min: float | None = None,
+    quant_max: float | None = None,
+    nan: str = "raise",
+    out: NDArray[Any] | None = None,
+) -> NDArray[Any]:
+    """Quantize and dequantize in one step: what of x survives its codes.
+
+    Equals ``dequantize(quantize(x, ...), ...)`` bit for bit, in x's own dtype. Parameters are those of `quantize`.
+
+    Returns
+    -------
+    numpy.ndarray
+        Of x's shape and dtype (float32 for Python numbers).
+    """
+    info = code_dtype(dtype)
+    values = as_float_array(x)
+    granules, scales, zeros = _parameters(values.shape, scale, zero_point, info, axis, group_size)
+    low, high = _code_range(info, quant_min, quant_max)
+    values = _check_nan(values, nan, info)
+    if info.is_float:
+        result = _dequantize(_quantize(values, info, granules, scales, zeros, low, high), info, granules, scales, zeros)
+    else:
+        result = np.empty(values.shape, np.float32)
+        _core.fake_quantize(values.reshape(-1), scales, zeros, granules.walk, low, high, result.reshape(-1))
+    dtype_of_x = x.dtype.newbyteorder("=") if isinstance(x, np.ndarray) else np.dtype(np.float32)
+    return _deliver(_cast(result, dtype_of_x), out)
+
+
+def sqnr(x: ArrayLike, y: ArrayLike) -> float:
+    """Signal-to-quantization-noise ratio in decibels: ``10 log10(sum(x^2) / sum((x - y)^2))``, sums in float64.
+
+    Parameters
+    ----------
+    x : array_like of float
+        The original.
+    y : array_like of float
+        What became of it; of x's shape.
+
+    Returns
+    -------
+    float
+        Infinite where y equals x.
+    """
+    a, b = as_float_array(x), as_float_array(y)
+    if a.shape != b.shape:
+        raise ValueError(f"x has shape {a.shape} and y {b.shape}; they must be the same")
+    signal, noise, *_ = _error_sums(a, b)
+    return _decibel(signal, noise)
+
+
+def _error_sums(x: NDArray[Any], y: NDArray[Any]) -> tuple[float, float, float, float, float]:
+    """Return the sums of x^2, (x - y)^2, y^2 and x*y, and the largest |x - y|, in float64."""
+    common = np.result_type(x, y)
+    return _core.squared_sums(x.reshape(-1).astype(common, copy=False), y.reshape(-1).astype(common, copy=False))
+
+
+def _decibel(signal: float, noise: float) -> float:
+    if noise == 0.0:
+        return math.inf
+    return 10.0 * math.log10(signal / noise) if signal else -math.inf
+
+
+# Tensors
+
+
+def _words(count: int) -> int:
+    """How many 32-bit words hold a row of int4 codes."""
+    return -(-count // 8)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class QuantizedTensor:
+    """An array as codes and scales: frozen, and the form that is saved.
+
+    Parameters
+    ----------
+    data : numpy.ndarray
+        The codes as stored: int8 or uint8 of `shape` (uint8 for float8); for int4 and uint4 int32 words of shape
+        ``(*shape[:-1], ceil(shape[-1] / 8))``, eight codes a word, the first in the lowest bits, int4 as code + 8, the
+        rest of a row's last word filled with zero points (the bytes of compressed-tensors' ``pack-quantized``).
+    scale_data : numpy.ndarray
+        The scales as stored: float32, float16, or uint16 holding bfloat16's bits.
+    zero_point : numpy.ndarray
+        In the code dtype's storage; shape ``()`` when symmetric, else the scales' shape.
+    shape : tuple of int
+        Of the original.
+    dtype : str
+        The original's dtype.
+    config : QuantConfig
+        How it was quantized.
+
+    Raises
+    ------
+    ValueError
+        If a buffer's shape or dtype does not fit, a scale is not finite and > 0, or a code is outside the config's range.
+    """
+
+    data: NDArray[Any]
+    scale_data: NDArray[Any]
+    zero_point: NDArray[Any]
+    shape: tuple[int, ...]
+    dtype: str
+    config: QuantConfig
+    check: InitVar[bool] = True
+
+    def __post_init__(self, check: bool) -> None:
+        def put(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)
+
+        if not isinstance(self.config, QuantConfig):
+            raise TypeError(f"config must be a QuantConfig, not {type(self.config).__name__}")
+        if self.dtype not in ORIGINAL_DTYPES:
+            raise ValueError(f"dtype={self.dtype!r} of the original is not one of {', '.join(ORIGINAL_DTYPES)}")
+        put("shape", tuple(int(n) for n in self.shape))
+        info, granules = self.config.info, Granules.of_config(self.shape, self.config)
+        stored = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}[self.config.scale_dtype]
+        packed_shape = (*self.shape[:-1], _words(self.shape[-1] if self.shape else 1))
+        for name, dtype, shape in (
+            ("data", np.int32 if info.bits == 4 else info.storage, packed_shape if info.bits == 4 else self.shape),
+            ("scale_data", stored, granules.shape),
+            ("zero_point", np.int8 if info.is_float else info.storage, () if self.config.is_symmetric else granules.shape),
+        ):
+            array = getattr(self, name)
+            if not isinstance(array, np.ndarray) or array.dtype != dtype or array.shape != shape:
+                found = f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
+                raise ValueError(
+                    f"{name} is {found}; {self.config} of shape {self.shape} needs {np.dtype(dtype).name} of shape {shape}"
+                )
+            if not (array.flags.c_contiguous and array.flags.aligned):
+                array = array.copy()
+            array = array.view(np.ndarray)
+            array.flags.writeable = False
+            put(name, array)
+        if check:
+            check_scale(self.scale)
+            self._check_codes(info)
+
+    def _check_codes(self, info: CodeDType) -> None:
+        low, high = self.config.quant_min, self.config.quant_max
+        if self.config.is_symmetric:
+            if int(self.zero_point) != self.config.symmetric_zero_point:
+                raise ValueError(f"zero_point is {self.zero_point}; a symmetric {info.name} tensor has a fixed one")
+        elif info.bits == 4 and self.zero_point.size and (self.zero_point.min() < low or self.zero_point.max() > high):
+            raise ValueError(f"zero points {self.zero_point.min()}..{self.zero_point.max()} are outside {low}..{high}")
+        if not info.is_float and low > info.min:  # elsewhere every stored code is in range
+            for block in self._blocks():
+                codes = self._codes_of(block)
+                if codes.size and codes.min() < low:
+                    raise ValueError(f"code {codes.min()} is below quant_min {low} of {self.config}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        parts = (self.data, self.scale_data, self.zero_point, self.shape, self.dtype, self.config, False)
+        return QuantizedTensor, parts  # arrays read-only again
+
+    def __repr__(self) -> str:
+        return (
+            f"QuantizedTensor(shape={self.shape}, dtype={self.dtype!r}, {self.config!r}, "
+            f"{self.nbytes:,} bytes, {self.bits_per_weight:.2f} bits a weight)"
+        )
+
+    # Decoding
+
+    @property
+    def codes(self) -> NDArray[Any]:
+        """The codes, one element each, of `shape`: int8 for int8 and int4, uint8 for the others."""
+        return self._codes_of(self.data)
+
+    def _codes_of(self, data: NDArray[Any]) -> NDArray[Any]:
+        """Unpack rows of `data` (all of it, or some along axis 0)."""
+        info = self.config.info
+        if info.bits != 4:
+            return data
+        count = self.shape[-1] if self.shape else 1
+        lead = data.shape[:-1]
+        packed = np.ascontiguousarray(data, "<i4").reshape(-1).view(np.uint8).reshape(math.prod(lead), 4 * _words(count))
+        codes = np.empty((packed.shape[0], count), np.uint8)
+        _core.unpack_nibbles(packed, 8 if info.is_signed else 0, codes)
+        return codes.view(info.storage).reshape((*lead, count) if self.shape else ())
+
+    @property
+    def scale(self) -> NDArray[np.float32]:
+        """The scales as float32: shape ``()``, ``(channels,)`` or the grouped shape."""
+        return _load_scale(self.scale_data, self.config)
+
+    @property
+    def qparams(self) -> QParams:
+        """The scales and zero points as `QParams`."""
+        c = self.config
+        return QParams(self.scale, self.zero_point, c.dtype, c.quant_min, c.quant_max, c.axis, c.group_size)
+
+    def _decode(self, data: NDArray[Any], scale: NDArray[Any], zero: NDArray[Any], granules: Granules) -> NDArray[Any]:
+        scales, zeros = granules.spread(scale, np.float32), granules.spread(zero, np.int32)
+        return _dequantize(np.array(self._codes_of(data), order="C", copy=None), self.config.info, granules, scales, zeros)
+
+    def _rows(self, rows: Any) -> NDArray[np.float32]:
+        """Decode rows (a slice or an index array along axis 0) to float32."""
+        config, scale, zero = self.config, self.scale, self.zero_point
+        if config.info.bits == 4 and len(self.shape) == 1:  # rows of a vector lie within words
+            data = self.codes[rows]
+            shape = data.shape
+        else:
+            data = self.data[rows]
+            shape = (data.shape[0], *self.shape[1:])
+        axis = None if config.axis is None else config.axis % len(self.shape)
+        granules = Granules.of(shape, axis, config.group_size)
+        if axis == 0:
+            # A row's scale is chosen by its index: the channels (or groups of one row) of what was selected.
+            if config.group_size is None:
+                chosen = rows
+            else:
+                chosen = np.arange(self.shape[0])[rows] // config.group_size
+                granules = Granules.of(shape, 0, 1)
+            scale = scale[chosen]
+            zero = zero if zero.ndim == 0 else zero[chosen]
+        elif config.group_size is not None:
+            scale = scale[rows]
+            zero = zero if zero.ndim == 0 else zero[rows]
+        if data is not self.data and config.info.bits == 4 and len(self.shape) == 1:
+            scales, zeros = granules.spread(scale, np.float32), granules.spread(zero, np.int32)
+            return _dequantize(np.ascontiguousarray(data), config.info, granules, scales, zeros)
+        return self._decode(data, scale, zero, granules)
+
+    def _row_slices(self) -> Iterator[slice]:
+        rows = max(1, _BLOCK // max(1, math.prod(self.shape[1:])))
+        for start in range(0, self.shape[0], rows):
+            yield slice(start, min(start + rows, self.shape[0]))
+
+    def _blocks(self) -> Iterator[NDArray[Any]]:
+        """Yield the stored codes a few rows at a time."""
+        if len(self.shape) < 2:
+            yield self.data
+        else:
+            for rows in self._row_slices():
+                yield self.data[rows]
+
+    def dequantize(self) -> NDArray[Any]:
+        """Decode everything, to the original dtype (rounded once from float32)."""
+        granules = Granules.of_config(self.shape, self.config)
+        return _cast(self._decode(self.data, self.scale, self.zero_point, granules), float_dtype(self.dtype))
+
+    def take(self, rows: ArrayLike) -> NDArray[Any]:
+        """Decode only some rows: an embedding look-up.
+
+        Parameters
+        ----------
+        rows : array_like of int
+            Indices along axis 0, of any shape; negative ones count from the end.
+
+        Returns
+        -------
+        numpy.ndarray
+            ``dequantize()[rows]``, of shape ``(*rows.shape, *shape[1:])`` and the original dtype.
+        """
+        index = np.asarray(rows)
+        if index.size == 0 and index.dtype.kind == "f":
+            index = index.astype(np.intp)
+        if index.dtype.kind not in "iu":
+            raise TypeError(f"rows must be integers, not {index.dtype}")
+        if not self.shape:
+            raise ValueError("a tensor of shape () has no rows to take")
+        if index.size and (index.min() < -self.shape[0] or index.max() >= self.shape[0]):
+            bad = index.min() if index.min() < -self.shape[0] else index.max()
+            raise IndexError(f"row {bad} does not exist; the tensor has {self.shape[0]} rows")
+        values = self._rows(index.reshape(-1).astype(np.intp, copy=False))
+        return _cast(values.reshape((*index.shape, *self.shape[1:])), float_dtype(self.dtype))
+
+    # Size and quality
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of every buffer: codes, scales and (asymmetric) zero points."""
+        return self.data.nbytes + self.scale_data.nbytes + (0 if self.config.is_symmetric else self.zero_point.nbytes)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """`nbytes` in bits, over the number of elements."""
+        return 8 * self.nbytes / self.numel if self.numel else 0.0
+
+    @property
+    def compression_ratio(self) -> float:
+        """The original's bytes over `nbytes`."""
+        return _itemsize(self.dtype) * self.numel / self.nbytes if self.numel else 1.0
+
+    def sqnr(self, x: ArrayLike) -> float:
+        """Signal-to-quantization-noise ratio in decibels against the original `x`, of this shape."""
+        return error_measures(x, self)["sqnr"]
+
+
+def _itemsize(dtype: str) -> int:
+    return 2 if dtype == "bfloat16" else 1 if dtype.startswith("float8") else np.dtype(dtype).itemsize
+
+
+def error_measures(x: ArrayLike, q: QuantizedTensor) -> dict[str, float]:
+    """Compare a tensor with its original a few rows at a time: ``sqnr`` (dB), ``cosine`` and ``max_error``."""
+    original = x if isinstance(x, np.ndarray) else np.asarray(x)
+    if original.shape != q.shape:
+        raise ValueError(f"x has shape {original.shape}; the tensor has {q.shape}")
+    if len(q.shape) == 0:
+        pairs = [(original, q._decode(q.data, q.scale, q.zero_point, Granules.of(())))]
+    else:
+        pairs = ((original[rows], q._rows(rows)) for rows in q._row_slices())  # type: ignore[assignment]
+    xx = dd = yy = xy = worst = 0.0
+    for block, decoded in pairs:
+        sums = _error_sums(as_float_array(block), decoded)
+        xx, dd, yy, xy = xx + sums[0], dd + sums[1], yy + sums[2], xy + sums[3]
+        worst = max(worst, sums[4])
+    cosine = xy / math.sqrt(xx * yy) if xx and yy else float(xx == yy)
+    return {"sqnr": _decibel(xx, dd), "cosine": cosine, "max_error": worst}
+
+
+def store_codes(codes: NDArray[Any], zero_point: NDArray[Any], config: QuantConfig) -> NDArray[Any]:
+    """Return codes of one element each as they are stored: int4 packed, each row padded with (one of) its zero points."""
+    if config.bits != 4:
+        return codes
+    count = codes.shape[-1] if codes.ndim else 1
+    rows = codes.reshape(math.prod(codes.shape[:-1]), count)
+    offset = 8 if config.info.is_signed else 0
+    pad = np.empty(rows.shape[0], np.uint8)
+    if zero_point.ndim and zero_point.shape[:-1] == codes.shape[:-1] and zero_point.shape[-1]:
+        last = np.ascontiguousarray(zero_point[..., -1]).reshape(-1)  # groups along the row: those of its last group
+    elif zero_point.ndim == 1 and config.axis is not None and config.axis % codes.ndim < codes.ndim - 1:
+        per_row = zero_point.reshape([-1 if i == config.axis % codes.ndim else 1 for i in range(codes.ndim - 1)])
+        last = np.ascontiguousarray(np.broadcast_to(per_row, codes.shape[:-1])).reshape(-1)
+    else:  # one for all, or running along the row itself: that of the row's last element
+        last = np.broadcast_to(zero_point.reshape(-1)[-1:] if zero_point.size else np.zeros(1, np.int8), pad.shape)
+    pad[...] = (last.astype(np.int16) + offset).astype(np.uint8)
+    packed = np.empty((rows.shape[0], 4 * _words(count)), np.uint8)
+    _core.pack_nibbles(np.ascontiguousarray(rows).view(np.uint8), offset, pad, packed)
+    return packed.reshape(-1).view("<i4").astype(np.int32, copy=False).reshape((*codes.shape[:-1], _words(count)))
+
+
+def quantize_tensor(
+    x: ArrayLike,
+    config: QuantConfig | None = None,
+    qparams: QParams | None = None,
+    method: ObserverMethod | str = ObserverMethod.MIN_MAX,
+    nan: str = "raise",
+) -> QuantizedTensor:
+    """Quantize an array.
+
+    Parameters
+    ----------
+    x : array_like of float
+        Any shape, 0-d and empty ones too; float16, bfloat16, float32 or float64.
+    config : QuantConfig, optional
+        How; `QuantConfig.int8` by default.
+    qparams : QParams, optional
+        One's own scales and zero points instead of ones found from the data.
+    method : ObserverMethod or str
+        How the range of each scale is found: ``"min_max"`` or any observer's method.
+    nan : {"raise", "zero"}
+        Raise at NaN and infinities, or quantize NaN as 0 and infinities as the ends of the range.
+
+    Returns
+    -------
+    QuantizedTensor
+
+    Raises
+    ------
+    ValueError
+        For NaN or infinities, a scale that cannot be stored, or qparams that do not fit.
+    TypeError
+        If x is not of floats.
+
+    Examples
+    --------
+    >>> q = quantize_tensor(np.float32([[0.5, -1.0], [2.0, 0.25]]), QuantConfig.int8_per_channel())
+    >>> q.codes
+    array([[  64, -127],
+           [ 127,   16]], dtype=int8)
+    """
+    config = QuantConfig.int8() if config is None else config
+    if not isinstance(config, QuantConfig):
+        raise TypeError(f"config must be a QuantConfig, not {type(config).__name__}")
+    values = as_float_array(x)
+    info, granules = config.info, Granules.of_config(values.shape, config)
+    values = _check_nan(values, nan, info)
+    if qparams is None:
+        qparams = _find_qparams(values, config, ObserverMethod(method), nan)
+    else:
+        qparams = _own_qparams(qparams, config, granules, values.ndim)
+    scales, zeros = granules.spread(qparams.scale, np.float32), granules.spread(qparams.zero_point, np.int32)
+    low, high = _code_range(info, config.quant_min, config.quant_max)
+    codes = _quantize(values, info, granules, scales, zeros, low, high)
+    scale = np.broadcast_to(qparams.scale, granules.shape)
+    zero = store_zero_point(qparams.zero_point, granules.shape, config)
+    data = store_codes(codes, zero, config)
+    dtype = x.dtype.name if isinstance(x, np.ndarray) else values.dtype.name
+    return QuantizedTensor(data, store_scale(scale, config), zero, values.shape, dtype, config, check=False)
+
+
+def _find_qparams(values: NDArray[Any], config: QuantConfig, method: ObserverMethod, nan: str) -> QParams:
+    if nan == "zero":  # the range is that of the finite values
+        values = np.where(np.isfinite(values), values, values.dtype.type(0))
+    if method is ObserverMethod.MIN_MAX:
+        return qparams_from_range(*block_min_max(values, config), config)
+    from qnative.observers import observe_once
+
+    return observe_once(values, config, method)
+
+
+def _own_qparams(qparams: QParams, config: QuantConfig, granules: Granules, ndim: int) -> QParams:
+    if qparams.dtype != config.dtype:
+        raise ValueError(f"qparams are of {qparams.dtype}, the config of {config.dtype}; they must agree")
+    def cut(axis: int | None, group_size: int | None) -> tuple[int | None, int | None]:
+        return axis if axis is None else axis % max(ndim, 1), group_size
+
+    one = qparams.axis is None and qparams.scale.ndim == 0
+    if not one and (
+        qparams.scale.shape != granules.shape
+        or cut(qparams.axis, qparams.group_size) != cut(config.axis, config.group_size)
+    ):
+        raise ValueError(
+            f"qparams have a scale of shape {qparams.scale.shape}, axis={qparams.axis}, group_size={qparams.group_size}; "
+            f"{config} needs shape {granules.shape}"
+        )
+    fixed = config.symmetric_zero_point
+    if config.is_symmetric and np.any(qparams.zero_point != fixed):
+        raise ValueError(f"a symmetric config has zero point {fixed}; make it asymmetric to use zero points of one's own")
+    if not np.array_equal(_load_scale(store_scale(qparams.scale, config), config), qparams.scale):
+        raise ValueError(
+            f"qparams' scale is not exact in {config.scale_dtype}; round it first, or use scale_dtype='float32'"
+        )
+    return qparams
+
+
+def store_zero_point(zero_point: NDArray[Any], shape: tuple[int, ...], config: QuantConfig) -> NDArray[Any]:
+    """Return zero points as they are stored: the fixed one of symmetric codes, or one each scale."""
+    storage = np.dtype(np.int8) if config.info.is_float else config.info.storage
+    if config.is_symmetric:
+        return np.array(config.symmetric_zero_point, storage)
+    return np.array(np.broadcast_to(zero_point, shape), storage)
+
+
+def store_scale(scale: NDArray[np.float32], config: QuantConfig) -> NDArray[Any]:
+    """Return scales as they are stored: float32, float16, or bfloat16's bits."""
+    if config.scale_dtype == "bfloat16":
+        return encode(scale, "bfloat16")
+    with np.errstate(over="ignore"):
+        return np.array(scale, np.float32 if config.scale_dtype == "float32" else np.float16)
+
+
+def _load_scale(stored: NDArray[Any], config: QuantConfig) -> NDArray[np.float32]:
+    if config.scale_dtype == "bfloat16":
+        return decode(stored, "bfloat16")
+    return stored.astype(np.float32, copy=False)
+
+
+def dequantize_tensor(q: QuantizedTensor) -> NDArray[Any]:
+    """Decode a `QuantizedTensor` to its original dtype: ``q.dequantize()``."""
+    return q.dequantize()
