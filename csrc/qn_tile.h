@@ -199,6 +199,30 @@ static int32_t take_codes(const uint8_t *x, int64_t n, uint32_t flip, uint8_t *a
     return (int32_t)total;
 }
 
+/* The values of float8 codes. Above the largest finite code: Inf and NaN in e5m2, NaN in e4m3fn. */
+QN_INLINE VF decode_float8(VU code, qn_format format) {
+    int mantissa = format == QN_FLOAT8_E4M3FN ? 3 : 2;
+    VU size = code & vu_splat(0x7F);
+    VF number = vf_from_vu(size);
+    VF normal = vf_bits((size << (23 - mantissa)) + vu_splat((mantissa == 3 ? 120u : 112u) << 23));
+    VF subnormal = number * vf_splat(mantissa == 3 ? 0x1p-9f : 0x1p-16f);
+    VF value = vf_less(number, vf_splat((float)(1 << mantissa)), subnormal, normal);
+    VF special = mantissa == 3 ? vf_splat(NAN) : vf_less(number, vf_splat(125.0f), vf_splat(INFINITY), vf_splat(NAN));
+    value = vf_less(vf_splat(mantissa == 3 ? 126.0f : 123.0f), number, special, value);
+    return vf_bits(vu_bits(value) | ((code & vu_splat(0x80)) << 24));
+}
+
+/* n float8 codes as their values. */
+static void take_float8(const uint8_t *x, int64_t n, qn_format format, float *a) {
+    for (int64_t i = 0; i < n; i += QN_W) {
+        uint8_t some[QN_W] = {0};
+        float lanes[QN_W];
+        memcpy(some, x + i, taken(n - i));
+        vf_store(lanes, decode_float8(vu_load_u8(some), format));
+        memcpy(a + i, lanes, taken(n - i) * sizeof *a);
+    }
+}
+
 /* float8: quantize n floats and decode them again, for products in float32. A binade's quantum is a power of two, so
  * rounding is one rint; below the smallest normal the quantum stays. */
 static void quantize_float8(const float *x, int64_t n, float scale, qn_format format, float *a) {
@@ -222,35 +246,47 @@ static void quantize_float8(const float *x, int64_t n, float scale, qn_format fo
     }
 }
 
-static void quantize_rows(const qn_call *c, qn_rows *rows) {
+static int takes_codes(const qn_call *c) { return c->input == QN_INPUT_INT8_CODES || c->input == QN_INPUT_UINT8_CODES; }
+
+static void quantize_row_integer(const qn_call *c, qn_rows *rows, int64_t i, const uint8_t *x, uint8_t *a) {
     const qn_weights *w = c->w;
-    int float8 = w->format >= QN_FLOAT8_E4M3FN;
+    row_params p = params_of_row(c, (const float *)x);
+    rows->scale[i] = p.scale;
+    rows->zero[i] = p.zero;
+    for (int64_t g = 0; g < w->groups; g++) {
+        int64_t start = g * w->group, n = w->k - start < w->group ? w->k - start : w->group;
+        uint8_t *to = a + g * w->group_k * QN_A_BYTES;
+        rows->sum[i * w->groups + g] = takes_codes(c)
+            ? take_codes(x + start, n, c->input == QN_INPUT_INT8_CODES ? 0x80 : 0, to)
+            : quantize_floats((const float *)x + start, n, p, to);
+        memset(to + n * QN_A_BYTES, 0, (size_t)(w->group_k - n) * QN_A_BYTES);
+    }
+}
+
+static void quantize_row_float8(const qn_call *c, qn_rows *rows, int64_t i, const uint8_t *x, float *a) {
+    const qn_weights *w = c->w;
+    rows->scale[i] = c->in_scale;
+    if (takes_codes(c)) {
+        take_float8(x, w->k, w->format, a);
+        return;
+    }
+    if (c->input != QN_INPUT_STATIC) {
+        float low, high, largest = w->format == QN_FLOAT8_E4M3FN ? 448.0f : 57344.0f;
+        finite_range((const float *)x, w->k, &low, &high);
+        high = high > -low ? high : -low;
+        rows->scale[i] = valid_scale(high / largest, high);
+    }
+    quantize_float8((const float *)x, w->k, rows->scale[i], w->format, a);
+}
+
+static void quantize_rows(const qn_call *c, qn_rows *rows) {
     for (int64_t i = 0; i < rows->count; i++) {
         const uint8_t *x = (const uint8_t *)c->x + (rows->first + i) * c->x_stride;
         uint8_t *a = rows->a + i * rows->a_stride;
-        if (float8) {
-            float low, high, largest = w->format == QN_FLOAT8_E4M3FN ? 448.0f : 57344.0f, scale = c->in_scale;
-            if (c->input != QN_INPUT_STATIC) {
-                finite_range((const float *)x, w->k, &low, &high);
-                high = high > -low ? high : -low;
-                scale = valid_scale(high / largest, high);
-            }
-            rows->scale[i] = scale;
-            quantize_float8((const float *)x, w->k, scale, w->format, (float *)a);
-            continue;
-        }
-        int codes = c->input == QN_INPUT_INT8_CODES || c->input == QN_INPUT_UINT8_CODES;
-        row_params p = params_of_row(c, (const float *)x);
-        rows->scale[i] = p.scale;
-        rows->zero[i] = p.zero;
-        for (int64_t g = 0; g < w->groups; g++) {
-            int64_t start = g * w->group, n = w->k - start < w->group ? w->k - start : w->group;
-            uint8_t *to = a + g * w->group_k * QN_A_BYTES;
-            rows->sum[i * w->groups + g] =
-                codes ? take_codes(x + start, n, c->input == QN_INPUT_INT8_CODES ? 0x80 : 0, to)
-                      : quantize_floats((const float *)x + start, n, p, to);
-            memset(to + n * QN_A_BYTES, 0, (size_t)(w->group_k - n) * QN_A_BYTES);
-        }
+        if (c->w->format >= QN_FLOAT8_E4M3FN)
+            quantize_row_float8(c, rows, i, x, (float *)a);
+        else
+            quantize_row_integer(c, rows, i, x, a);
     }
 }
 
@@ -353,15 +389,7 @@ static void decode(const qn_weights *w, const uint8_t *panel, int64_t g, int64_t
                 if (w->asymmetric) code -= vu_load(zero + n);
                 value = vf_from_vu(code);
             } else {
-                int mantissa = w->format == QN_FLOAT8_E4M3FN ? 3 : 2;
-                VU size = code & vu_splat(0x7F);
-                VF normal = vf_bits((size << (23 - mantissa)) + vu_splat((mantissa == 3 ? 120u : 112u) << 23));
-                VF subnormal = vf_from_vu(size) * vf_splat(mantissa == 3 ? 0x1p-9f : 0x1p-16f);
-                value = vf_less(vf_from_vu(size), vf_splat((float)(1 << mantissa)), subnormal, normal);
-                /* the codes above the largest finite one: Inf and NaN */
-                VF special = vf_less(vf_from_vu(size), vf_splat(mantissa == 3 ? 0.0f : 125.0f), vf_splat(INFINITY), vf_splat(NAN));
-                value = vf_less(vf_splat(mantissa == 3 ? 126.0f : 123.0f), vf_from_vu(size), special, value);
-                value = vf_bits(vu_bits(value) | ((code & vu_splat(0x80)) << 24));
+                value = decode_float8(code, w->format);
             }
             if (scaled) value = value * vf_load(scale + n);
             vf_store(out + n, value);

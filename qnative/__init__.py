@@ -2,28 +2,107 @@
 
 NumPy arrays in, NumPy arrays out: int8, int4 and float8 weights, ranges found from data, and linear layers that run on
 integer SIMD kernels with the same bits on every CPU.
+
+Names are only looked up here; a module is imported when one of its names is first used, so that ``import qnative``
+costs a server a few milliseconds over NumPy.
 """
 
-from qnative._core import isa
-from qnative.config import (
-    FakeQuantConfig,
-    ObserverMethod,
-    QParams,
-    QuantConfig,
-    QuantGranularity,
-    QuantMode,
-    qparams_from_range,
-)
-from qnative.floats import decode, encode
-from qnative.linear import QuantizedLinear, quantize_bias
-from qnative.tensor import (
-    QuantizedTensor,
-    dequantize,
-    dequantize_tensor,
-    fake_quantize,
-    quantize,
-    quantize_tensor,
-    sqnr,
-)
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qnative._core import isa as isa
+    from qnative.calibration import CalibrationDataset as CalibrationDataset
+    from qnative.calibration import Calibrator as Calibrator
+    from qnative.calibration import LayerCalibration as LayerCalibration
+    from qnative.calibration import QuantizationSpec as QuantizationSpec
+    from qnative.calibration import calibrate_layer as calibrate_layer
+    from qnative.calibration import calibrate_model as calibrate_model
+    from qnative.config import FakeQuantConfig as FakeQuantConfig
+    from qnative.config import ObserverMethod as ObserverMethod
+    from qnative.config import QParams as QParams
+    from qnative.config import QuantConfig as QuantConfig
+    from qnative.config import QuantGranularity as QuantGranularity
+    from qnative.config import QuantMode as QuantMode
+    from qnative.config import qparams_from_range as qparams_from_range
+    from qnative.files import FormatError as FormatError
+    from qnative.floats import decode as decode
+    from qnative.floats import encode as encode
+    from qnative.linear import QuantizedLinear as QuantizedLinear
+    from qnative.linear import quantize_bias as quantize_bias
+    from qnative.model import QuantizedModel as QuantizedModel
+    from qnative.model import QuantStats as QuantStats
+    from qnative.model import quantization_stats as quantization_stats
+    from qnative.model import quantize_model as quantize_model
+    from qnative.model import quantize_named_parameters as quantize_named_parameters
+    from qnative.observers import CalibrationCollector as CalibrationCollector
+    from qnative.observers import Observer as Observer
+    from qnative.observers import make_observer as make_observer
+    from qnative.report import LayerReport as LayerReport
+    from qnative.report import compare as compare
+    from qnative.tensor import QuantizedTensor as QuantizedTensor
+    from qnative.tensor import dequantize as dequantize
+    from qnative.tensor import dequantize_tensor as dequantize_tensor
+    from qnative.tensor import fake_quantize as fake_quantize
+    from qnative.tensor import quantize as quantize
+    from qnative.tensor import quantize_tensor as quantize_tensor
+    from qnative.tensor import sqnr as sqnr
 
 __version__ = "0.1.0"
+
+_NAMES = {
+    "_core": ("isa",),
+    "calibration": (
+        "CalibrationDataset",
+        "Calibrator",
+        "LayerCalibration",
+        "QuantizationSpec",
+        "calibrate_layer",
+        "calibrate_model",
+    ),
+    "config": (
+        "FakeQuantConfig",
+        "ObserverMethod",
+        "QParams",
+        "QuantConfig",
+        "QuantGranularity",
+        "QuantMode",
+        "qparams_from_range",
+    ),
+    "files": ("FormatError",),
+    "floats": ("decode", "encode"),
+    "linear": ("QuantizedLinear", "quantize_bias"),
+    "model": (
+        "QuantStats",
+        "QuantizedModel",
+        "quantization_stats",
+        "quantize_model",
+        "quantize_named_parameters",
+    ),
+    "observers": ("CalibrationCollector", "Observer", "make_observer"),
+    "report": ("LayerReport", "compare"),
+    "tensor": (
+        "QuantizedTensor",
+        "dequantize",
+        "dequantize_tensor",
+        "fake_quantize",
+        "quantize",
+        "quantize_tensor",
+        "sqnr",
+    ),
+}
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
+
+__all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'qnative' has no attribute {name!r}")
+    value = getattr(import_module(f"qnative.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

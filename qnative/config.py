@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -458,8 +457,7 @@ class QParams:
         info = CODE_DTYPES[self.dtype]
         symmetric_zero = 0 if info.is_signed else (int(info.max) + 1) // 2
         symmetric = info.is_float or (
-            bool(np.all(self.zero_point == symmetric_zero))
-            and (not info.is_signed or self.quant_min == info.min + 1)
+            bool(np.all(self.zero_point == symmetric_zero)) and (not info.is_signed or self.quant_min == info.min + 1)
         )
         if self.group_size is not None:
             granularity = QuantGranularity.PER_GROUP
@@ -556,7 +554,8 @@ def round_scale(scale: NDArray[np.float64], scale_dtype: str) -> NDArray[np.floa
 def _round_bfloat16(x: NDArray[np.float64]) -> NDArray[np.float32]:
     """Round positive float64 values once to bfloat16's 8 significant bits, ties to even."""
     mantissa, exponent = np.frexp(x)
-    return np.ldexp(np.rint(mantissa * 256.0), exponent - 8).astype(np.float32)
+    rounded: NDArray[np.float64] = np.ldexp(np.rint(mantissa * 256.0), exponent - 8)
+    return rounded.astype(np.float32)
 
 
 def qparams_from_range(min_val: ArrayLike, max_val: ArrayLike, config: QuantConfig) -> QParams:
@@ -608,14 +607,19 @@ def qparams_from_range(min_val: ArrayLike, max_val: ArrayLike, config: QuantConf
     stored = round_scale(scale, config.scale_dtype)
     # At the end of float32 a scale rounded up would decode its end code to Inf.
     overflows = stored.astype(np.float64) * levels > float(np.finfo(np.float32).max)
-    stored = np.where(overflows & (scale * levels <= float(np.finfo(np.float32).max)), np.nextafter(stored, np.float32(0)), stored)
+    rounded_up = overflows & (scale * levels <= float(np.finfo(np.float32).max))
+    stored = np.where(rounded_up, np.nextafter(stored, np.float32(0)), stored)
     if config.is_symmetric:
         zero_point: ArrayLike = config.symmetric_zero_point
     else:
         raw = np.rint(config.quant_min - low / stored.astype(np.float64))
         zero_point = np.clip(raw, config.quant_min, config.quant_max).astype(np.int32)
     return QParams(
-        stored, zero_point, config.dtype, config.quant_min, config.quant_max, config.axis, config.group_size  # type: ignore[arg-type]
+        stored,
+        zero_point,  # type: ignore[arg-type]
+        config.dtype,
+        config.quant_min,
+        config.quant_max,
+        config.axis,
+        config.group_size,
     )
-
-

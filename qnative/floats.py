@@ -57,11 +57,12 @@ def float_dtype(name: object) -> np.dtype[Any]:
             import ml_dtypes
         except ImportError:
             raise ImportError(f"an array of {name} needs the package ml_dtypes: pip install ml_dtypes") from None
-        return np.dtype(getattr(ml_dtypes, name))
-    dtype = np.dtype(name)  # type: ignore[call-overload]
+        found: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
+        return found
+    dtype: np.dtype[Any] = np.dtype(name)  # type: ignore[call-overload]
     if dtype.kind != "f" and dtype.name not in _NAMES:
         raise ValueError(f"{name!r} is not a floating-point dtype")
-    return np.dtype(dtype)
+    return dtype
 
 
 def encode(x: ArrayLike, dtype: object, saturate: bool | None = None) -> NDArray[Any]:
@@ -115,15 +116,16 @@ def decode(codes: ArrayLike, dtype: object) -> NDArray[np.float32]:
         float32, of the codes' shape.
     """
     name = _name_of(dtype)
-    wanted = np.dtype(np.uint8 if name in _FLOAT8 else np.uint16)
+    wanted: np.dtype[Any] = np.dtype(np.uint8 if name in _FLOAT8 else np.uint16)
+    largest = 0xFF if name in _FLOAT8 else 0xFFFF
     array = np.asarray(codes)
     if array.dtype.name == name:
         array = np.ascontiguousarray(array).reshape(array.shape).view(wanted)
     if array.dtype.kind not in "iu":
         raise TypeError(f"codes of {name} are {wanted.name}, not {array.dtype}; encode() gives them")
     if array.dtype != wanted:
-        if array.size and (array.min() < 0 or array.max() > np.iinfo(wanted).max):
-            raise ValueError(f"codes of {name} lie in 0..{np.iinfo(wanted).max}, not {array.min()}..{array.max()}")
+        if array.size and (array.min() < 0 or array.max() > largest):
+            raise ValueError(f"codes of {name} lie in 0..{largest}, not {array.min()}..{array.max()}")
         array = array.astype(wanted)
     shape, array = array.shape, np.ascontiguousarray(array, wanted)
     if name == "float16":

@@ -79,7 +79,9 @@ class QuantizedLinear:
         self._activation = _check_choice("activation", activation, ACTIVATION_FUNCTIONS)
         self._output = _check_output(output)
         if self.in_features > _MAX_IN_FEATURES:
-            raise ValueError(f"in_features={self.in_features} is above {_MAX_IN_FEATURES}, where sums of codes fit int32")
+            raise ValueError(
+                f"in_features={self.in_features} is above {_MAX_IN_FEATURES}, where sums of codes fit int32"
+            )
         self._bias_dtype: np.dtype[Any] | None
         bias_array = self._check_bias(bias)
         self._bias_dtype = None if bias_array is None else bias_array.dtype
@@ -277,9 +279,9 @@ class QuantizedLinear:
             raise ValueError(f"x has shape {array.shape}; its last dimension must be in_features={self._shape[1]}")
         if array.dtype == np.float32 and array.dtype.isnative and array.flags.c_contiguous and array.flags.aligned:
             return array
-        if self._static and array.dtype == _input_dtype(self._activations) and not self._config.info.is_float:
+        if self._static and array.dtype == _input_dtype(self._activations):
             return np.ascontiguousarray(array)
-        if array.dtype.kind in "iu" and self._static and not self._config.info.is_float:
+        if array.dtype.kind in "iu" and self._static:
             raise TypeError(
                 f"x holds {array.dtype}; this layer takes float32, or {_input_dtype(self._activations)} codes"
             )
@@ -357,7 +359,9 @@ class QuantizedLinear:
 
     def _accumulate(self, x: ArrayLike, isa: str | None = None) -> NDArray[Any]:
         if self._activations == "float" or self._config.info.is_float:
-            raise ValueError("the products of float activations or float8 weights are float32; there are no accumulators")
+            raise ValueError(
+                "the products of float activations or float8 weights are float32; there are no accumulators"
+            )
         array = self._as_input(x)
         middle = () if self._config.group_size is None else (self._packed.groups,)
         out = np.empty((*array.shape[:-1], *middle, self.out_features), np.int64 if self._wide else np.int32)
@@ -450,7 +454,10 @@ class QuantizedLinear:
     @property
     def memory_savings_bytes(self) -> int:
         """Bytes that float32 weights and bias would take, less `nbytes`."""
-        return 4 * (self.out_features * self.in_features + (0 if self._bias_dtype is None else self.out_features)) - self.nbytes
+        return (
+            4 * (self.out_features * self.in_features + (0 if self._bias_dtype is None else self.out_features))
+            - self.nbytes
+        )
 
     def parameters(self) -> list[Any]:
         """Return [], as nothing here can be trained (`QATLinear` can)."""
@@ -465,12 +472,13 @@ class QuantizedLinear:
         zero = np.empty_like(scale, np.int32)
         self._packed.scales(scale, zero)
         zero -= _stored_offset(config)
-        codes = (raw.astype(np.int16) - _stored_offset(config)).astype(info.storage) if _stored_offset(config) else raw
+        codes = raw - np.uint8(_stored_offset(config) % 256)  # modulo 256, as bytes are
         shape = Granules.of_config(self._shape, config).shape
-        scale, zero = (a.reshape(-1)[: math.prod(shape)].reshape(shape) for a in (scale, zero))
-        zero_point = store_zero_point(zero, shape, config)
+        count = math.prod(shape)
+        zero_point = store_zero_point(zero.reshape(-1)[:count].reshape(shape), shape, config)
         data = store_codes(codes.view(info.storage), zero_point, config)
-        return QuantizedTensor(data, store_scale(scale, config), zero_point, self._shape, self._dtype, config, check=False)
+        scale_data = store_scale(scale.reshape(-1)[:count].reshape(shape), config)
+        return QuantizedTensor(data, scale_data, zero_point, self._shape, self._dtype, config, check=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
         settings = {"activation": self._activation, "output": self._output}
@@ -557,7 +565,7 @@ def _check_activations(value: str | QParams, config: QuantConfig) -> str | QPara
         raise ValueError(f"static activations need one scale; these have shape {value.scale.shape} (a sum over inputs "
                          "cannot take out a scale each input)")  # fmt: skip
     is_float = value.dtype.startswith("float8")
-    if config.info.is_float and value.dtype != config.dtype or is_float and not config.info.is_float:
+    if (config.info.is_float and value.dtype != config.dtype) or (is_float and not config.info.is_float):
         raise ValueError(f"weights of {config.dtype} cannot be multiplied with activations of {value.dtype}; "
                          f"{'use ' + config.dtype if config.info.is_float else 'use an integer dtype'}")  # fmt: skip
     return value

@@ -96,7 +96,9 @@ def _quantize(
     return codes.view(info.storage)
 
 
-def _dequantize(codes: NDArray[Any], info: CodeDType, granules: Granules, scales: Any, zeros: Any) -> NDArray[np.float32]:
+def _dequantize(
+    codes: NDArray[Any], info: CodeDType, granules: Granules, scales: Any, zeros: Any
+) -> NDArray[np.float32]:
     out = np.empty(codes.shape, np.float32)
     flat = codes.reshape(-1).view(np.uint8)
     if info.is_float:
@@ -372,11 +374,17 @@ class QuantizedTensor:
         for name, dtype, shape in (
             ("data", np.int32 if info.bits == 4 else info.storage, packed_shape if info.bits == 4 else self.shape),
             ("scale_data", stored, granules.shape),
-            ("zero_point", np.int8 if info.is_float else info.storage, () if self.config.is_symmetric else granules.shape),
+            (
+                "zero_point",
+                np.int8 if info.is_float else info.storage,
+                () if self.config.is_symmetric else granules.shape,
+            ),
         ):
             array = getattr(self, name)
             if not isinstance(array, np.ndarray) or array.dtype != dtype or array.shape != shape:
-                found = f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
+                found = (
+                    f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
+                )
                 raise ValueError(
                     f"{name} is {found}; {self.config} of shape {self.shape} needs {np.dtype(dtype).name} of shape {shape}"
                 )
@@ -426,7 +434,9 @@ class QuantizedTensor:
             return data
         count = self.shape[-1] if self.shape else 1
         lead = data.shape[:-1]
-        packed = np.ascontiguousarray(data, "<i4").reshape(-1).view(np.uint8).reshape(math.prod(lead), 4 * _words(count))
+        packed = (
+            np.ascontiguousarray(data, "<i4").reshape(-1).view(np.uint8).reshape(math.prod(lead), 4 * _words(count))
+        )
         codes = np.empty((packed.shape[0], count), np.uint8)
         _core.unpack_nibbles(packed, 8 if info.is_signed else 0, codes)
         return codes.view(info.storage).reshape((*lead, count) if self.shape else ())
@@ -442,37 +452,21 @@ class QuantizedTensor:
         c = self.config
         return QParams(self.scale, self.zero_point, c.dtype, c.quant_min, c.quant_max, c.axis, c.group_size)
 
-    def _decode(self, data: NDArray[Any], scale: NDArray[Any], zero: NDArray[Any], granules: Granules) -> NDArray[Any]:
-        scales, zeros = granules.spread(scale, np.float32), granules.spread(zero, np.int32)
-        return _dequantize(np.array(self._codes_of(data), order="C", copy=None), self.config.info, granules, scales, zeros)
-
     def _rows(self, rows: Any) -> NDArray[np.float32]:
         """Decode rows (a slice or an index array along axis 0) to float32."""
         config, scale, zero = self.config, self.scale, self.zero_point
-        if config.info.bits == 4 and len(self.shape) == 1:  # rows of a vector lie within words
-            data = self.codes[rows]
-            shape = data.shape
-        else:
-            data = self.data[rows]
-            shape = (data.shape[0], *self.shape[1:])
+        # The rows of an int4 vector lie within words, so it is unpacked whole.
+        codes = self.codes[rows] if len(self.shape) == 1 else self._codes_of(self.data[rows])
         axis = None if config.axis is None else config.axis % len(self.shape)
-        granules = Granules.of(shape, axis, config.group_size)
-        if axis == 0:
-            # A row's scale is chosen by its index: the channels (or groups of one row) of what was selected.
-            if config.group_size is None:
-                chosen = rows
-            else:
-                chosen = np.arange(self.shape[0])[rows] // config.group_size
-                granules = Granules.of(shape, 0, 1)
+        granules = Granules.of(codes.shape, axis, config.group_size)
+        chosen = rows
+        if axis == 0 and config.group_size is not None:  # a group spans rows: each row is given a scale of its own
+            chosen = np.arange(self.shape[0])[rows] // config.group_size
+            granules = Granules.of(codes.shape, 0, 1)
+        if axis == 0 or config.group_size is not None:
             scale = scale[chosen]
             zero = zero if zero.ndim == 0 else zero[chosen]
-        elif config.group_size is not None:
-            scale = scale[rows]
-            zero = zero if zero.ndim == 0 else zero[rows]
-        if data is not self.data and config.info.bits == 4 and len(self.shape) == 1:
-            scales, zeros = granules.spread(scale, np.float32), granules.spread(zero, np.int32)
-            return _dequantize(np.ascontiguousarray(data), config.info, granules, scales, zeros)
-        return self._decode(data, scale, zero, granules)
+        return _decode(codes, config.info, scale, zero, granules)
 
     def _row_slices(self) -> Iterator[slice]:
         rows = max(1, _BLOCK // max(1, math.prod(self.shape[1:])))
@@ -490,7 +484,8 @@ class QuantizedTensor:
     def dequantize(self) -> NDArray[Any]:
         """Decode everything, to the original dtype (rounded once from float32)."""
         granules = Granules.of_config(self.shape, self.config)
-        return _cast(self._decode(self.data, self.scale, self.zero_point, granules), float_dtype(self.dtype))
+        values = _decode(self.codes, self.config.info, self.scale, self.zero_point, granules)
+        return _cast(values, float_dtype(self.dtype))
 
     def take(self, rows: ArrayLike) -> NDArray[Any]:
         """Decode only some rows: an embedding look-up.
@@ -549,15 +544,22 @@ def _itemsize(dtype: str) -> int:
     return 2 if dtype == "bfloat16" else 1 if dtype.startswith("float8") else np.dtype(dtype).itemsize
 
 
+def _decode(
+    codes: NDArray[Any], info: CodeDType, scale: NDArray[Any], zero: NDArray[Any], granules: Granules
+) -> NDArray[np.float32]:
+    scales, zeros = granules.spread(scale, np.float32), granules.spread(zero, np.int32)
+    return _dequantize(np.array(codes, order="C", copy=None), info, granules, scales, zeros)
+
+
 def error_measures(x: ArrayLike, q: QuantizedTensor) -> dict[str, float]:
     """Compare a tensor with its original a few rows at a time: ``sqnr`` (dB), ``cosine`` and ``max_error``."""
     original = x if isinstance(x, np.ndarray) else np.asarray(x)
     if original.shape != q.shape:
         raise ValueError(f"x has shape {original.shape}; the tensor has {q.shape}")
     if len(q.shape) == 0:
-        pairs = [(original, q._decode(q.data, q.scale, q.zero_point, Granules.of(())))]
+        pairs = iter([(original, _decode(q.codes, q.config.info, q.scale, q.zero_point, Granules.of(())))])
     else:
-        pairs = ((original[rows], q._rows(rows)) for rows in q._row_slices())  # type: ignore[assignment]
+        pairs = ((original[rows], q._rows(rows)) for rows in q._row_slices())
     xx = dd = yy = xy = worst = 0.0
     for block, decoded in pairs:
         sums = _error_sums(as_float_array(block), decoded)
@@ -568,7 +570,7 @@ def error_measures(x: ArrayLike, q: QuantizedTensor) -> dict[str, float]:
 
 
 def store_codes(codes: NDArray[Any], zero_point: NDArray[Any], config: QuantConfig) -> NDArray[Any]:
-    """Return codes of one element each as they are stored: int4 packed, each row padded with (one of) its zero points."""
+    """Return codes of one element each as they are stored: int4 packed, each row padded with its zero point."""
     if config.bits != 4:
         return codes
     count = codes.shape[-1] if codes.ndim else 1
@@ -661,6 +663,7 @@ def _find_qparams(values: NDArray[Any], config: QuantConfig, method: ObserverMet
 def _own_qparams(qparams: QParams, config: QuantConfig, granules: Granules, ndim: int) -> QParams:
     if qparams.dtype != config.dtype:
         raise ValueError(f"qparams are of {qparams.dtype}, the config of {config.dtype}; they must agree")
+
     def cut(axis: int | None, group_size: int | None) -> tuple[int | None, int | None]:
         return axis if axis is None else axis % max(ndim, 1), group_size
 
@@ -670,12 +673,12 @@ def _own_qparams(qparams: QParams, config: QuantConfig, granules: Granules, ndim
         or cut(qparams.axis, qparams.group_size) != cut(config.axis, config.group_size)
     ):
         raise ValueError(
-            f"qparams have a scale of shape {qparams.scale.shape}, axis={qparams.axis}, group_size={qparams.group_size}; "
-            f"{config} needs shape {granules.shape}"
+            f"qparams have a scale of shape {qparams.scale.shape}, axis={qparams.axis}, "
+            f"group_size={qparams.group_size}; {config} needs shape {granules.shape}"
         )
     fixed = config.symmetric_zero_point
     if config.is_symmetric and np.any(qparams.zero_point != fixed):
-        raise ValueError(f"a symmetric config has zero point {fixed}; make it asymmetric to use zero points of one's own")
+        raise ValueError(f"a symmetric config has zero point {fixed}; make it asymmetric to use other zero points")
     if not np.array_equal(_load_scale(store_scale(qparams.scale, config), config), qparams.scale):
         raise ValueError(
             f"qparams' scale is not exact in {config.scale_dtype}; round it first, or use scale_dtype='float32'"
