@@ -82,6 +82,7 @@ void qn_unpack_panel(const qn_weights *w, int64_t p, int8_t *codes, int64_t stri
 enum {
     BLOCK_BYTES = 192 << 10, /* quantized rows that stay in the L2 cache while the panels pass by */
     BLOCK_ROWS = 96,
+    FLOAT_BLOCK_ROWS = 256,  /* rows that share the work of decoding the weights */
     DECODED_K = 128          /* k of decoded weights that stay in the L1 cache */
 };
 
@@ -95,9 +96,14 @@ static int64_t row_bytes(const qn_kernel *kernel, const qn_call *c) {
 }
 
 static int64_t block_rows(const qn_kernel *kernel, const qn_call *c) {
-    int64_t tile = is_float(c) ? kernel->float_rows : kernel->rows, bytes = row_bytes(kernel, c);
-    int64_t rows = bytes ? BLOCK_BYTES / bytes : BLOCK_ROWS;
-    rows = min64(rows, BLOCK_ROWS) / tile * tile;
+    int64_t tile = kernel->rows, rows = BLOCK_ROWS;
+    if (is_float(c)) {
+        tile = kernel->float_rows;
+        rows = FLOAT_BLOCK_ROWS;
+    } else {
+        rows = min64(rows, BLOCK_BYTES / row_bytes(kernel, c));
+    }
+    rows = rows / tile * tile;
     return min64(rows < tile ? tile : rows, c->m);
 }
 

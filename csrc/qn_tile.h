@@ -104,18 +104,28 @@ QN_INLINE VU quantize(VF x, VF scale, VF low, VF high, VU zero) {
     return vu_from_vf(vf_min(vf_max(t, low), high)) + zero;
 }
 
+QN_INLINE VF finite_or_zero(VF x) { return vf_less(vf_abs(x), vf_splat(INFINITY), x, vf_splat(0.0f)); }
+
 /* The range of the finite entries of x[k], extended to contain 0. */
 static void finite_range(const float *x, int64_t k, float *low, float *high) {
-    VF lo = vf_splat(0.0f), hi = lo;
-    for (int64_t i = 0; i < k; i += QN_W) {
-        VF v = load_some(x + i, k - i);
-        v = vf_less(vf_abs(v), vf_splat(INFINITY), v, vf_splat(0.0f));
-        lo = vf_min(lo, v);
-        hi = vf_max(hi, v);
+    VF lo[4], hi[4]; /* four chains: a minimum takes longer than it takes to start the next */
+    for (int j = 0; j < 4; j++) lo[j] = hi[j] = vf_splat(0.0f);
+    int64_t i = 0;
+    for (; i + 4 * QN_W <= k; i += 4 * QN_W) {
+        for (int j = 0; j < 4; j++) {
+            VF v = finite_or_zero(vf_load(x + i + j * QN_W));
+            lo[j] = vf_min(lo[j], v);
+            hi[j] = vf_max(hi[j], v);
+        }
+    }
+    for (; i < k; i += QN_W) {
+        VF v = finite_or_zero(load_some(x + i, k - i));
+        lo[0] = vf_min(lo[0], v);
+        hi[0] = vf_max(hi[0], v);
     }
     float los[QN_W], his[QN_W];
-    vf_store(los, lo);
-    vf_store(his, hi);
+    vf_store(los, vf_min(vf_min(lo[0], lo[1]), vf_min(lo[2], lo[3])));
+    vf_store(his, vf_max(vf_max(hi[0], hi[1]), vf_max(hi[2], hi[3])));
     for (int j = 1; j < QN_W; j++) {
         los[0] = los[j] < los[0] ? los[j] : los[0];
         his[0] = his[j] > his[0] ? his[j] : his[0];
@@ -292,57 +302,60 @@ static void quantize_rows(const qn_call *c, qn_rows *rows) {
 
 /* ---- the epilogue ---- */
 
-QN_INLINE void epilogue_16(const qn_call *c, const qn_rows *rows, int64_t i, const uint8_t *panel, int64_t g, int last,
-                           int columns, const int32_t *acc, const float *converted, float *sum, uint8_t *y) {
+/* What the epilogue does is the same for every row of a tile, so it is decided once per vector of columns and the rows
+ * are a loop without decisions: `activation` and `kind` are constants where this is inlined. */
+typedef enum { GROUP, FLOATS, CODES, SUMS } epilogue_kind;
+
+QN_INLINE void finish_columns(const qn_call *c, const qn_rows *rows, int64_t row, int count, const uint8_t *panel, int n,
+                              int64_t columns, int64_t g, const int32_t *acc, const float *converted, float *sum, uint8_t *y,
+                              const epilogue_kind kind, const qn_activation activation) {
     const qn_weights *w = c->w;
-    const float *scale = (const float *)(panel + w->scale_at) + g * QN_NR;
-    const uint32_t *code_sum = (const uint32_t *)(panel + w->sum_at) + g * QN_NR;
-    const uint32_t *weight_zero = (const uint32_t *)(panel + w->zero_at) + g * QN_NR;
-    int64_t k = w->k - g * w->group < w->group ? w->k - g * w->group : w->group;
-    int floats = c->input == QN_INPUT_FLOAT;
-    for (int n = 0; n < QN_NR; n += QN_W) {
+    int float_input = c->input == QN_INPUT_FLOAT, add_sum = g > 0 && !float_input;
+    int64_t at = g * QN_NR + n, k = w->k - g * w->group < w->group ? w->k - g * w->group : w->group;
+    VF scale = vf_load((const float *)(panel + w->scale_at) + at), bias = vf_splat(0.0f);
+    VU code_sum = vu_splat(0), weight_zero = code_sum, int_bias = code_sum;
+    if (acc) code_sum = vu_load((const uint32_t *)(panel + w->sum_at) + at);
+    if (acc && w->asymmetric) weight_zero = vu_load((const uint32_t *)(panel + w->zero_at) + at);
+    if (w->bias == QN_BIAS_INT32) int_bias = vu_load((const uint32_t *)(panel + w->bias_at) + n);
+    if (w->bias == QN_BIAS_FLOAT32) bias = vf_load((const float *)(panel + w->bias_at) + n);
+    VF out_scale = vf_splat(c->out_scale), out_low = vf_splat((float)(c->out_min - c->out_zero)),
+       out_high = vf_splat((float)(c->out_max - c->out_zero));
+    for (int r = 0; r < count; r++, y += c->y_stride) {
+        int64_t i = row + r, lane = (int64_t)r * QN_TILE_COLS + n;
         VF product;
         if (acc) {
-            VU v = vu_load((const uint32_t *)acc + n);
-            v -= vu_splat((uint32_t)rows->zero[i]) * vu_load(code_sum + n);
-            if (w->asymmetric) {
-                uint32_t centred = (uint32_t)rows->sum[i * w->groups + g] - (uint32_t)k * (uint32_t)rows->zero[i];
-                v -= vu_load(weight_zero + n) * vu_splat(centred);
-            }
-            if (w->bias == QN_BIAS_INT32) v += vu_load((const uint32_t *)(panel + w->bias_at) + n);
-            if (c->output == QN_OUTPUT_ACC32) {
+            VU v = vu_load((const uint32_t *)acc + lane) - vu_splat((uint32_t)rows->zero[i]) * code_sum;
+            if (w->asymmetric)
+                v -= weight_zero * vu_splat((uint32_t)rows->sum[i * w->groups + g] - (uint32_t)k * (uint32_t)rows->zero[i]);
+            v += int_bias;
+            if (kind == SUMS) {
                 uint32_t lanes[QN_W];
                 vu_store(lanes, v);
-                if (columns > n) memcpy(y + n * 4, lanes, taken(columns - n) * 4);
+                memcpy(y, lanes, taken(columns) * 4);
                 continue;
             }
             product = vf_from_vu(v);
         } else {
-            product = vf_load(converted + n);
+            product = vf_load(converted + lane);
         }
-        if (!floats) product = product * (vf_splat(rows->scale[i]) * vf_load(scale + n));
-        if (g > 0 && !floats) product = vf_load(sum + n) + product;
-        if (!last) {
-            vf_store(sum + n, product);
+        if (!float_input) product = product * (vf_splat(rows->scale[i]) * scale);
+        if (add_sum) product = vf_load(sum + lane) + product;
+        if (kind == GROUP) {
+            vf_store(sum + lane, product);
             continue;
         }
-        VF value = product;
-        if (w->bias == QN_BIAS_FLOAT32) value = value + vf_load((const float *)(panel + w->bias_at) + n);
-        value = activate(value, c->activation);
-        if (c->output == QN_OUTPUT_FLOAT32) {
-            if (columns - n >= QN_W) {
-                vf_store((float *)y + n, value);
-            } else if (columns > n) {
-                float lanes[QN_W];
-                vf_store(lanes, value);
-                memcpy(y + n * 4, lanes, taken(columns - n) * 4);
-            }
-        } else {
-            VU q = quantize(value, vf_splat(c->out_scale), vf_splat((float)(c->out_min - c->out_zero)),
-                            vf_splat((float)(c->out_max - c->out_zero)), vu_splat((uint32_t)c->out_zero));
+        if (w->bias == QN_BIAS_FLOAT32) product = product + bias;
+        VF value = activate(product, activation);
+        if (kind == CODES) {
             uint8_t lanes[QN_W];
-            vu_store_u8(lanes, q);
-            if (columns > n) memcpy(y + n, lanes, taken(columns - n));
+            vu_store_u8(lanes, quantize(value, out_scale, out_low, out_high, vu_splat((uint32_t)c->out_zero)));
+            memcpy(y, lanes, taken(columns));
+        } else if (columns >= QN_W) {
+            vf_store((float *)y, value);
+        } else {
+            float lanes[QN_W];
+            vf_store(lanes, value);
+            memcpy(y, lanes, taken(columns) * 4);
         }
     }
 }
@@ -350,20 +363,39 @@ QN_INLINE void epilogue_16(const qn_call *c, const qn_rows *rows, int64_t i, con
 static void epilogue(const qn_call *c, const qn_rows *rows, int64_t row, int count, int64_t panel, int panels, int64_t g,
                      const int32_t *acc, const float *converted, float *sum) {
     const qn_weights *w = c->w;
-    int last = g == w->groups - 1 || c->input == QN_INPUT_FLOAT;
     int64_t element = c->output == QN_OUTPUT_INT8 || c->output == QN_OUTPUT_UINT8 ? 1 : 4;
     int64_t skip = c->output == QN_OUTPUT_ACC32 ? g * w->n : 0; /* accumulators are kept apart group by group */
-    for (int r = 0; r < count; r++) {
-        uint8_t *y = (uint8_t *)c->y + (rows->first + row + r) * c->y_stride;
-        for (int p = 0; p < panels; p++) {
-            int64_t column = (panel + p) * QN_NR;
-            int64_t columns = w->n - column < QN_NR ? w->n - column : QN_NR;
-            int64_t at = (int64_t)r * QN_TILE_COLS + p * QN_NR;
-            epilogue_16(c, rows, row + r, w->data + (panel + p) * w->panel_bytes, g, last, (int)columns,
-                        acc ? acc + at : 0, converted ? converted + at : 0, sum + at, y + (skip + column) * element);
+    epilogue_kind kind = c->output == QN_OUTPUT_ACC32 ? SUMS
+                         : g < w->groups - 1 && c->input != QN_INPUT_FLOAT ? GROUP
+                         : element == 1 ? CODES : FLOATS;
+#define FINISH(KIND, ACTIVATION)                                                                                       \
+    finish_columns(c, rows, row, count, from, n, columns, g, acc ? acc + p * QN_NR : 0,                                 \
+                   converted ? converted + p * QN_NR : 0, sum + p * QN_NR, y, KIND, ACTIVATION)
+#define FINISH_ACTIVATED(KIND)                                                                                         \
+    switch (c->activation) {                                                                                           \
+    case QN_RELU: FINISH(KIND, QN_RELU); break;                                                                        \
+    case QN_GELU: FINISH(KIND, QN_GELU); break;                                                                        \
+    case QN_GELU_TANH: FINISH(KIND, QN_GELU_TANH); break;                                                              \
+    case QN_SILU: FINISH(KIND, QN_SILU); break;                                                                        \
+    default: FINISH(KIND, QN_IDENTITY); break;                                                                         \
+    }
+    for (int p = 0; p < panels; p++) {
+        const uint8_t *from = w->data + (panel + p) * w->panel_bytes;
+        for (int n = 0; n < QN_NR; n += QN_W) {
+            int64_t column = (panel + p) * QN_NR + n, columns = w->n - column;
+            if (columns <= 0) break;
+            uint8_t *y = (uint8_t *)c->y + (rows->first + row) * c->y_stride + (skip + column) * element;
+            switch (kind) {
+            case GROUP: FINISH(GROUP, QN_IDENTITY); break;
+            case SUMS: FINISH(SUMS, QN_IDENTITY); break;
+            case CODES: FINISH_ACTIVATED(CODES) break;
+            default: FINISH_ACTIVATED(FLOATS) break;
+            }
         }
     }
 }
+#undef FINISH_ACTIVATED
+#undef FINISH
 
 /* ---- decoding weights to floats ---- */
 
@@ -372,17 +404,13 @@ static void decode(const qn_weights *w, const uint8_t *panel, int64_t g, int64_t
     const float *scale = (const float *)(panel + w->scale_at) + g * QN_NR;
     const uint32_t *zero = (const uint32_t *)(panel + w->zero_at) + g * QN_NR;
     const uint8_t *codes = panel + w->codes_at + g * w->group_k * QN_NR / (w->format == QN_INT4 ? 2 : 1);
+    int mask = w->format == QN_INT4 ? 15 : 0xFF;
     for (int64_t i = k0; i < k0 + k; i++, out += stride) {
-        uint8_t row[QN_NR];
-        if (w->format == QN_INT4) {
-            const uint8_t *step = codes + i / 8 * 64 + i % 4;
-            for (int n = 0; n < QN_NR; n++) row[n] = (uint8_t)(i / 4 % 2 ? step[n * 4] >> 4 : step[n * 4] & 15);
-        } else {
-            const uint8_t *step = codes + i / 4 * 64 + i % 4;
-            for (int n = 0; n < QN_NR; n++) row[n] = step[n * 4];
-        }
+        /* One k of 16 columns is one byte (or nibble) of each 32-bit lane of its k-step. */
+        const uint8_t *step = codes + (w->format == QN_INT4 ? i / 8 : i / 4) * 64;
+        int shift = (int)(i % 4) * 8 + (w->format == QN_INT4 ? (int)(i / 4 % 2) * 4 : 0);
         for (int n = 0; n < QN_NR; n += QN_W) {
-            VU code = vu_load_u8(row + n);
+            VU code = (vu_load((const uint32_t *)step + n) >> shift) & vu_splat((uint32_t)mask);
             VF value;
             if (w->format == QN_INT8 || w->format == QN_INT4) {
                 if (w->format == QN_INT8) code = (code ^ vu_splat(0x80)) - vu_splat(0x80);
