@@ -3,15 +3,16 @@
 NumPy arrays in, NumPy arrays out: int8, int4 and float8 weights, ranges found from data, and linear layers that run on
 integer SIMD kernels with the same bits on every CPU.
 
-Names are only looked up here; a module is imported when one of its names is first used, so that ``import qnative``
-costs a server a few milliseconds over NumPy.
+The native core is loaded at once, so that an instruction set that `QNATIVE_ISA` forces in vain fails here. A Python
+module is imported when one of its names is first used: ``import qnative`` costs a few milliseconds over NumPy.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from qnative._core import isa as isa
+
 if TYPE_CHECKING:
-    from qnative._core import isa as isa
     from qnative.calibration import CalibrationDataset as CalibrationDataset
     from qnative.calibration import Calibrator as Calibrator
     from qnative.calibration import LayerCalibration as LayerCalibration
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _NAMES = {
-    "_core": ("isa",),
     "calibration": (
         "CalibrationDataset",
         "Calibrator",
@@ -93,7 +93,7 @@ _NAMES = {
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 
-__all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = ["isa", *sorted(_HOME)]
 
 
 def __getattr__(name: str) -> Any:

@@ -31,11 +31,8 @@ __all__ = [
 SMALLEST_SCALE = float(np.finfo(np.float32).smallest_normal)
 
 
-class _Choice(str, enum.Enum):
+class _Choice(enum.StrEnum):
     """An enum whose members equal, hash and print as their strings, and that names the choices when refusing."""
-
-    def __str__(self) -> str:
-        return str(self.value)
 
     def __repr__(self) -> str:
         return repr(self.value)
@@ -232,32 +229,32 @@ class QuantConfig:
 
     @classmethod
     def int8(cls) -> QuantConfig:
-        """One symmetric int8 scale for the whole tensor."""
+        """Return one symmetric int8 scale for the whole tensor."""
         return cls("int8")
 
     @classmethod
     def int8_per_channel(cls, axis: int = 0) -> QuantConfig:
-        """A symmetric int8 scale for each index of `axis`: the recommendation for weights."""
+        """Return a symmetric int8 scale for each index of `axis`: the recommendation for weights."""
         return cls("int8", granularity=QuantGranularity.PER_CHANNEL, axis=axis)
 
     @classmethod
     def int4(cls) -> QuantConfig:
-        """One symmetric int4 scale for the whole tensor."""
+        """Return one symmetric int4 scale for the whole tensor."""
         return cls("int4")
 
     @classmethod
     def int4_per_channel(cls, axis: int = 0) -> QuantConfig:
-        """A symmetric int4 scale for each index of `axis`."""
+        """Return a symmetric int4 scale for each index of `axis`."""
         return cls("int4", granularity=QuantGranularity.PER_CHANNEL, axis=axis)
 
     @classmethod
     def int4_per_group(cls, group_size: int = 32, axis: int = -1) -> QuantConfig:
-        """A symmetric int4 scale for each run of `group_size` elements along `axis`."""
+        """Return a symmetric int4 scale for each run of `group_size` elements along `axis`."""
         return cls("int4", granularity=QuantGranularity.PER_GROUP, axis=axis, group_size=group_size)
 
     @classmethod
     def fp8(cls, dtype: str = "float8_e4m3fn") -> QuantConfig:
-        """One float8 scale for the whole tensor."""
+        """Return one float8 scale for the whole tensor."""
         if not code_dtype(dtype).is_float:
             raise ValueError(f"{dtype!r} is not a float8 format; use 'float8_e4m3fn' or 'float8_e5m2'")
         return cls(dtype)
@@ -437,7 +434,7 @@ class QParams:
             raise ValueError(f"group_size={group_size} must be positive and needs an axis and a scale each group")
         if group_size is None and scale.ndim != (0 if axis is None else 1):
             raise ValueError(
-                f"scale has shape {scale.shape} with axis={axis}; give one scale and no axis, or one each channel of an axis"
+                f"scale has shape {scale.shape} with axis={axis}; give one scale and no axis, or an axis and one each channel"
             )
         if not info.is_float and np.any((zero_point.astype(np.int32) < low) | (zero_point.astype(np.int32) > high)):
             raise ValueError(f"zero_point must lie in quant_min..quant_max, {low}..{high}, so that 0.0 has a code")
@@ -513,12 +510,11 @@ def check_scale(scale: ArrayLike) -> NDArray[np.float32]:
 
 
 def check_zero_point(zero_point: ArrayLike | None, info: CodeDType, shape: tuple[int, ...]) -> NDArray[Any]:
-    """Return `zero_point` in the code dtype's storage; ValueError when it does not fit the dtype or the scale's shape."""
+    """Return `zero_point` in the code dtype's storage; ValueError if it fits neither the dtype nor the scale's shape."""
     storage = np.dtype(np.int8) if info.is_float else info.storage
     given = np.asarray(0 if zero_point is None else zero_point)
-    if given.dtype.kind not in "iu":
-        if given.dtype.kind != "f" or not np.array_equal(given, np.rint(given)):
-            raise ValueError(f"zero_point must be whole numbers, not {given.dtype}; round it first")
+    if given.dtype.kind not in "iu" and (given.dtype.kind != "f" or not np.array_equal(given, np.rint(given))):
+        raise ValueError(f"zero_point must be whole numbers, not {given.dtype}; round it first")
     low, high = (0, 0) if info.is_float else (info.min, info.max)
     if given.size and (given.min() < low or given.max() > high):
         bad = given.min() if given.min() < low else given.max()
@@ -565,7 +561,8 @@ def qparams_from_range(min_val: ArrayLike, max_val: ArrayLike, config: QuantConf
     Asymmetric: the range is first extended to contain 0, ``scale = (max - min) / (quant_max - quant_min)`` and the zero
     point is rounded from the stored scale, so that 0.0 always has a code of its own. All-zero data gets scale 1.
     Everything is computed in float64 and the scale rounded once to `config.scale_dtype`; at the very end of float32,
-    where a scale rounded up would decode its end code to Inf, it is the next float32 below.
+    where a scale rounded up would decode its end code to Inf, it is the next one below. (An asymmetric range wider than
+    float32's largest value can still decode one of its ends to Inf.)
 
     Parameters
     ----------
@@ -605,10 +602,13 @@ def qparams_from_range(min_val: ArrayLike, max_val: ArrayLike, config: QuantConf
         scale = np.where(np.isfinite(exact), exact / levels, scale)
     scale = np.where(np.maximum(-low, high) == 0.0, 1.0, scale)
     stored = round_scale(scale, config.scale_dtype)
-    # At the end of float32 a scale rounded up would decode its end code to Inf.
-    overflows = stored.astype(np.float64) * levels > float(np.finfo(np.float32).max)
-    rounded_up = overflows & (scale * levels <= float(np.finfo(np.float32).max))
-    stored = np.where(rounded_up, np.nextafter(stored, np.float32(0)), stored)
+    largest = float(np.finfo(np.float32).max)
+    overflows = (stored.astype(np.float64) * levels > largest) & (scale * levels <= largest)
+    if overflows.any():
+        below = np.nextafter(stored, np.float32(0))
+        if config.scale_dtype == "bfloat16":
+            below = (below.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+        stored = np.where(overflows, below, stored)
     if config.is_symmetric:
         zero_point: ArrayLike = config.symmetric_zero_point
     else:

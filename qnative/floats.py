@@ -76,7 +76,8 @@ def encode(x: ArrayLike, dtype: object, saturate: bool | None = None) -> NDArray
     x : array_like of float
         Any shape; float16, bfloat16, float32 or float64.
     dtype : str
-        ``"float8_e4m3fn"``, ``"float8_e5m2"``, ``"float8_e4m3fnuz"``, ``"float8_e5m2fnuz"``, ``"float16"``, ``"bfloat16"``.
+        ``"float8_e4m3fn"``, ``"float8_e5m2"``, ``"float8_e4m3fnuz"``, ``"float8_e5m2fnuz"``, ``"float16"`` or
+        ``"bfloat16"``.
     saturate : bool, optional
         True: everything beyond the largest finite value, infinities too, becomes that value (448, 57344, 240, 57344,
         65504, 3.39e38). False: it becomes Inf, or NaN in the formats that have no Inf. Default: True for float8,

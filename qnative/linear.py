@@ -10,11 +10,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from qnative import _core
 from qnative.config import CODE_DTYPES, QParams, QuantConfig
-from qnative.floats import as_float_array
+from qnative.floats import as_float_array, encode
 from qnative.granularity import Granules
 from qnative.tensor import (
     QuantizedTensor,
-    quantize,
     quantize_tensor,
     store_codes,
     store_scale,
@@ -36,7 +35,7 @@ class QuantizedLinear:
     """``y = activation(x @ weight.T + bias)`` with quantized weights, and usually quantized activations.
 
     Build one with `from_float`, `from_tensor` or `QuantizedModel`. The weights are packed once for the machine and held
-    once; a call changes nothing in the layer, so any number of threads may call one object, and it runs without the GIL.
+    once; a call changes nothing in the layer and runs without the GIL, so any number of threads may call one object.
 
     How x is quantized (`activations`):
 
@@ -55,8 +54,8 @@ class QuantizedLinear:
     ``activations="float"`` they propagate as floats do); nothing is checked, in every kernel alike.
 
     The numbers, the same bits on every CPU: sums of products are exact integers; then
-    ``y = fl(fl(float32(acc) * fl(s_x * s_w[n])) + bias[n])`` in float32, the products of groups added in ascending order
-    before the bias; then the activation; an integer output equals ``quantize(y, output)``.
+    ``y = fl(fl(float32(acc) * fl(s_x * s_w[n])) + bias[n])`` in float32, the products of groups added in ascending
+    order before the bias; then the activation; an integer output equals ``quantize(y, output)``.
     """
 
     def __init__(
@@ -85,7 +84,7 @@ class QuantizedLinear:
         self._bias_dtype: np.dtype[Any] | None
         bias_array = self._check_bias(bias)
         self._bias_dtype = None if bias_array is None else bias_array.dtype
-        self._wide = self._sum_may_overflow(bias_array)
+        self._wide = self._sum_may_overflow(tensor, bias_array)
         self._packed = self._pack(tensor, bias_array)
         out = np.dtype(np.float32) if self._output is None else np.dtype(self._output.dtype)
         self._out_dtype = out
@@ -171,7 +170,7 @@ class QuantizedLinear:
         size = self._config.group_size
         return 1 if size is None or self.in_features == 0 else -(-self.in_features // size)
 
-    def _sum_may_overflow(self, bias: NDArray[Any] | None) -> bool:
+    def _sum_may_overflow(self, tensor: QuantizedTensor, bias: NDArray[Any] | None) -> bool:
         """Whether a sum over (a group of) in_features, with the int32 bias, might not fit int32."""
         info, config = self._config.info, self._config
         if info.is_float or self._activations == "float":
@@ -181,11 +180,8 @@ class QuantizedLinear:
             largest_input = max(codes.max - zero, zero - codes.min)
         else:
             largest_input = 255 if self._activations == "dynamic" else 127
-        if config.is_symmetric:
-            zero = config.symmetric_zero_point
-            largest_weight = int(max(config.quant_max - zero, zero - config.quant_min))
-        else:
-            largest_weight = int(config.quant_max - config.quant_min)
+        zeros = tensor.zero_point.astype(np.int64)
+        largest_weight = int(max(config.quant_max - zeros.min(initial=255), zeros.max(initial=-128) - config.quant_min))
         count = min(self.in_features, config.group_size or self.in_features)
         largest = count * largest_input * largest_weight
         if bias is not None and bias.dtype == np.int32 and bias.size:
@@ -310,41 +306,25 @@ class QuantizedLinear:
         """
         if self._activations == "float":
             raise ValueError('activations="float" are not quantized')
-        array = self._as_input(x)
-        fixed, info = self._activations, self._config.info
+        array, fixed, info = self._as_input(x), self._activations, self._config.info
         if array.dtype != np.float32 and isinstance(fixed, QParams):
             return array, np.asarray(fixed.scale), np.asarray(fixed.zero_point)
-        finite = np.where(np.isfinite(array), array, np.float32(0))
-        if isinstance(fixed, QParams):
-            scale, zero, dtype = np.asarray(fixed.scale), np.asarray(fixed.zero_point), fixed.dtype
-            bounds: tuple[Any, Any] = (fixed.quant_min, fixed.quant_max)
-        else:
-            high = finite.max(-1, initial=np.float32(0))
-            low = finite.min(-1, initial=np.float32(0))
-            largest = np.maximum(high, -low)
-            with np.errstate(over="ignore"):
-                if info.is_float:
-                    scale, dtype, bounds = largest / np.float32(info.max), info.name, (None, None)
-                elif fixed == "dynamic":
-                    width, levels = high - low, np.float32(255)
-                    scale = np.where(np.isfinite(width), width / levels, high / levels - low / levels)
-                    dtype, bounds = "uint8", (0, 255)
-                else:
-                    scale, dtype, bounds = largest / np.float32(127), "int8", (-127, 127)
-            scale = np.where(largest == 0, np.float32(1), np.maximum(scale, np.finfo(np.float32).smallest_normal))
-            if dtype == "uint8" and not info.is_float:
-                zero = np.rint(np.clip(-low / scale, np.float32(0), np.float32(255))).astype(np.uint8)
-            else:
-                zero = np.zeros(scale.shape, np.int8)
+        lead = array.shape[:-1]
+        rows = array.reshape(math.prod(lead), self.in_features)
+        scale, zero = np.ones(len(rows), np.float32), np.zeros(len(rows), np.int32)
         if info.is_float:
-            bounds = (None, None)
-        rows = array.reshape(math.prod(array.shape[:-1]), array.shape[-1])
-        per_row = scale.ndim > 0 or not isinstance(fixed, QParams)
-        codes = quantize(
-            rows, scale.reshape(-1) if per_row else scale, zero.reshape(-1) if per_row else zero, dtype,
-            0 if per_row else None, quant_min=bounds[0], quant_max=bounds[1], nan="zero",
-        )  # fmt: skip
-        return codes.reshape(array.shape), scale, zero
+            values = np.empty(rows.shape, np.float32)
+            self._packed.quantize_input(rows, None, values, scale, zero)
+            codes = encode(values, info.name)
+        else:
+            codes = np.empty(rows.shape, np.uint8)
+            self._packed.quantize_input(rows, codes, None, scale, zero)
+            if fixed == "dynamic_symmetric" or (isinstance(fixed, QParams) and _input_dtype(fixed) == np.int8):
+                codes, zero = (codes ^ np.uint8(0x80)).view(np.int8), zero - 128
+        codes = codes.reshape(array.shape)
+        if isinstance(fixed, QParams):
+            return codes, np.asarray(fixed.scale), np.asarray(fixed.zero_point)
+        return codes, scale.reshape(lead), zero.reshape(lead).astype(codes.dtype)
 
     def accumulate(self, x: ArrayLike) -> NDArray[Any]:
         """Compute the exact integer sums of a call, before any float.
@@ -441,7 +421,7 @@ class QuantizedLinear:
 
     @property
     def bias_scale(self) -> NDArray[np.float32] | None:
-        """The unit of an int32 bias, ``input_scale * weight_scale``, or None without static activations or with groups."""
+        """The unit of an int32 bias, ``input_scale * weight_scale``; None with groups or without static activations."""
         if not isinstance(self._activations, QParams) or self._groups() > 1:
             return None
         return np.asarray(self._activations.scale * self.weight_scale, np.float32)
@@ -522,8 +502,8 @@ def quantize_bias(bias: ArrayLike, input_scale: ArrayLike, weight_scale: ArrayLi
     bad = ~(np.abs(codes) <= _INT32_MAX)
     if bad.any():
         raise ValueError(
-            f"bias {np.asarray(bias)[bad].ravel()[0]} is {codes[bad].ravel()[0]:.4g} units of input_scale * weight_scale "
-            "and overflows int32; keep the bias in float32"
+            f"bias {np.asarray(bias)[bad].ravel()[0]} is {codes[bad].ravel()[0]:.4g} units of input_scale * "
+            "weight_scale and overflows int32; keep the bias in float32"
         )
     return codes.astype(np.int32)
 
@@ -544,7 +524,7 @@ def _rebuild(
 
 
 def _stored_offset(config: QuantConfig) -> int:
-    """What the packed form adds to a code: int4 becomes an unsigned nibble, uint8 a signed byte."""
+    """Return what the packed form adds to a code: int4 becomes an unsigned nibble, uint8 a signed byte."""
     return {"int4": 8, "uint8": -128}.get(config.dtype, 0)
 
 
@@ -583,12 +563,12 @@ def _check_output(value: QParams | None) -> QParams | None:
 
 
 def _input_dtype(params: Any) -> np.dtype[Any]:
-    """The array dtype of static input codes."""
+    """Return the array dtype of static input codes."""
     return CODE_DTYPES[params.dtype].storage
 
 
 def _unsigned_params(params: QParams) -> tuple[float, int, int, int]:
-    """A static input's scale, zero point and range, as the unsigned codes that kernels take."""
+    """Return a static input's scale, zero point and range as the unsigned codes that kernels take."""
     if params.dtype.startswith("float8"):
         return float(params.scale), 0, 0, 255
     shift = 128 if _input_dtype(params) == np.int8 else 0

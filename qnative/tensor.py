@@ -348,7 +348,7 @@ class QuantizedTensor:
     Raises
     ------
     ValueError
-        If a buffer's shape or dtype does not fit, a scale is not finite and > 0, or a code is outside the config's range.
+        If a buffer's shape or dtype does not fit, a scale is not finite and > 0, or a code is out of range.
     """
 
     data: NDArray[Any]
@@ -386,7 +386,8 @@ class QuantizedTensor:
                     f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
                 )
                 raise ValueError(
-                    f"{name} is {found}; {self.config} of shape {self.shape} needs {np.dtype(dtype).name} of shape {shape}"
+                    f"{name} is {found}; {self.config} of shape {self.shape} needs {np.dtype(dtype).name} "
+                    f"of shape {shape}"
                 )
             if not (array.flags.c_contiguous and array.flags.aligned):
                 array = array.copy()

@@ -14,7 +14,7 @@ from cpython.buffer cimport (
 )
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uintptr_t
-from libc.string cimport memset, strcmp
+from libc.string cimport memcpy, memset, strcmp
 
 from qnative._core.qn_gemm cimport *
 
@@ -273,6 +273,46 @@ cdef class PackedLinear:
             floats = out
             for n in range(self.w.n):
                 floats[n] = (<const float *>(self.w.data + n // QN_NR * self.w.panel_bytes + self.w.bias_at))[n % QN_NR]
+
+    def quantize_input(
+        self, const float[:, ::1] x not None, uint8_t[:, ::1] codes, float[:, ::1] values,
+        float[::1] scale not None, int32_t[::1] zero not None,
+    ):
+        """Quantize rows as a call does (with the scalar kernel: all give the same codes).
+
+        x : float32[m, k]; scale : float32[m]; zero : int32[m]. Integer weights write codes : uint8[m, k], unsigned as
+        the kernels have them; float8 weights write values : float32[m, k], of which the codes are the encoding.
+        """
+        cdef qn_call c = self.call
+        cdef qn_rows rows
+        cdef int64_t m = x.shape[0], k = self.w.k, g, count, i
+        cdef bint float8 = self.w.format >= QN_FLOAT8_E4M3FN
+        cdef int64_t width = k * 4 if float8 else self.w.groups * self.w.group_k
+        cdef uint8_t *memory
+        if x.shape[1] != k or scale.shape[0] != m or zero.shape[0] != m or c.input == QN_INPUT_FLOAT:
+            raise ValueError(f"x must have {k} columns, scale and zero {m} entries, and the layer quantized input")
+        if (values is None or values.shape[0] != m or values.shape[1] != k) if float8 else (
+            codes is None or codes.shape[0] != m or codes.shape[1] != k):
+            raise ValueError(f"the output must have shape ({m}, {k})")
+        memory = <uint8_t *>PyMem_RawMalloc(width + 4 * self.w.groups + 4)
+        if memory is NULL:
+            raise MemoryError(f"{width} bytes of scratch")
+        memset(&rows, 0, sizeof(rows))
+        with nogil:
+            c.m, c.x_stride, rows.count, rows.a_stride = 1, k * 4, 1, width
+            rows.sum = <int32_t *>memory  # 4-byte aligned, as the values behind it are
+            rows.a = memory + 4 * self.w.groups
+            for i in range(m if k else 0):
+                c.x, rows.scale, rows.zero = &x[i, 0], &scale[i], &zero[i]
+                zero[i] = 0
+                qn_kernel_scalar.quantize_rows(&c, &rows)
+                if float8:
+                    memcpy(&values[i, 0], rows.a, k * 4)
+                    continue
+                for g in range(self.w.groups):
+                    count = min(self.w.group, k - g * self.w.group)
+                    memcpy(&codes[i, g * self.w.group], rows.a + g * self.w.group_k, count)
+        PyMem_RawFree(memory)
 
     def run(self, x not None, y not None, str output=None, str isa=None):
         """y = layer(x), without the GIL.

@@ -65,9 +65,20 @@ cdef extern from "qn_gemm.h" nogil:
         float out_scale
         int32_t out_zero, out_min, out_max
 
+    ctypedef struct qn_rows:
+        int64_t first, count
+        uint8_t *a
+        int64_t a_stride
+        float *scale
+        int32_t *zero
+        int32_t *sum
+
     ctypedef struct qn_kernel:
         const char *name
         int (*usable)() noexcept nogil
+        void (*quantize_rows)(const qn_call *c, qn_rows *rows) noexcept nogil
+
+    const qn_kernel qn_kernel_scalar
 
     const qn_kernel *qn_kernels[]
 
