@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from qnative.config import QuantGranularity as QuantGranularity
     from qnative.config import QuantMode as QuantMode
     from qnative.config import qparams_from_range as qparams_from_range
+    from qnative.elementwise import dequantize as dequantize
+    from qnative.elementwise import fake_quantize as fake_quantize
+    from qnative.elementwise import quantize as quantize
+    from qnative.elementwise import sqnr as sqnr
     from qnative.files import FormatError as FormatError
     from qnative.floats import decode as decode
     from qnative.floats import encode as encode
@@ -42,12 +46,8 @@ if TYPE_CHECKING:
     from qnative.report import LayerReport as LayerReport
     from qnative.report import compare as compare
     from qnative.tensor import QuantizedTensor as QuantizedTensor
-    from qnative.tensor import dequantize as dequantize
     from qnative.tensor import dequantize_tensor as dequantize_tensor
-    from qnative.tensor import fake_quantize as fake_quantize
-    from qnative.tensor import quantize as quantize
     from qnative.tensor import quantize_tensor as quantize_tensor
-    from qnative.tensor import sqnr as sqnr
 
 __version__ = "0.1.0"
 
@@ -69,6 +69,7 @@ _NAMES = {
         "QuantMode",
         "qparams_from_range",
     ),
+    "elementwise": ("dequantize", "fake_quantize", "quantize", "sqnr"),
     "files": ("FormatError",),
     "floats": ("decode", "encode"),
     "linear": ("QuantizedLinear", "quantize_bias"),
@@ -83,12 +84,8 @@ _NAMES = {
     "report": ("LayerReport", "compare"),
     "tensor": (
         "QuantizedTensor",
-        "dequantize",
         "dequantize_tensor",
-        "fake_quantize",
-        "quantize",
         "quantize_tensor",
-        "sqnr",
     ),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}

@@ -434,7 +434,7 @@ class QParams:
             raise ValueError(f"group_size={group_size} must be positive and needs an axis and a scale each group")
         if group_size is None and scale.ndim != (0 if axis is None else 1):
             raise ValueError(
-                f"scale has shape {scale.shape} with axis={axis}; give one scale and no axis, or an axis and one each channel"
+                f"scale has shape {scale.shape} with axis={axis}; give one and no axis, or one each channel of an axis"
             )
         if not info.is_float and np.any((zero_point.astype(np.int32) < low) | (zero_point.astype(np.int32) > high)):
             raise ValueError(f"zero_point must lie in quant_min..quant_max, {low}..{high}, so that 0.0 has a code")
@@ -510,7 +510,7 @@ def check_scale(scale: ArrayLike) -> NDArray[np.float32]:
 
 
 def check_zero_point(zero_point: ArrayLike | None, info: CodeDType, shape: tuple[int, ...]) -> NDArray[Any]:
-    """Return `zero_point` in the code dtype's storage; ValueError if it fits neither the dtype nor the scale's shape."""
+    """Return `zero_point` in the code dtype's storage; ValueError if it does not fit dtype or scale."""
     storage = np.dtype(np.int8) if info.is_float else info.storage
     given = np.asarray(0 if zero_point is None else zero_point)
     if given.dtype.kind not in "iu" and (given.dtype.kind != "f" or not np.array_equal(given, np.rint(given))):

@@ -1,4 +1,4 @@
-"""Quantized tensors, and the elementwise quantize, dequantize and fake-quantize below them."""
+"""Quantized tensors: an array as codes and scales."""
 
 from __future__ import annotations
 
@@ -11,312 +11,26 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from qnative import _core
-from qnative.config import (
-    CodeDType,
-    ObserverMethod,
-    QParams,
-    QuantConfig,
-    check_code_range,
-    check_scale,
-    check_zero_point,
-    code_dtype,
-    qparams_from_range,
+from qnative.config import CodeDType, ObserverMethod, QParams, QuantConfig, check_scale, qparams_from_range
+from qnative.elementwise import (
+    cast_floats,
+    check_nan,
+    code_range,
+    decibel,
+    dequantize_walk,
+    error_sums,
+    quantize_walk,
 )
 from qnative.floats import as_float_array, decode, encode, float_dtype
-from qnative.granularity import Granules, block_min_max, nonfinite_error
+from qnative.granularity import Granules, block_min_max
 
-__all__ = [
-    "QuantizedTensor",
-    "dequantize",
-    "dequantize_tensor",
-    "fake_quantize",
-    "quantize",
-    "quantize_tensor",
-    "sqnr",
-]
+__all__ = ["QuantizedTensor", "dequantize_tensor", "error_measures", "quantize_tensor"]
 
 #: What a tensor may have been before.
 ORIGINAL_DTYPES = ("float32", "float64", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 
 #: Elements decoded at a time where a whole tensor is walked: bounds the temporary memory to a few megabytes.
 _BLOCK = 1 << 20
-
-
-# Elementwise
-
-
-def _parameters(
-    shape: tuple[int, ...],
-    scale: ArrayLike,
-    zero_point: ArrayLike | None,
-    info: CodeDType,
-    axis: int | None,
-    group_size: int | None,
-) -> tuple[Granules, NDArray[np.float32], NDArray[np.int32]]:
-    """Check a scale and zero point against an array's shape; return the walk and both as flat arrays."""
-    scales = check_scale(scale)
-    zeros = check_zero_point(zero_point, info, scales.shape)
-    if scales.ndim == 0 and axis is None and group_size is None:
-        granules = Granules.of(shape)
-    else:
-        if axis is None and group_size is None:
-            raise ValueError(f"scale has shape {scales.shape}; say which axis it runs along with axis=")
-        granules = Granules.of(shape, axis, group_size)
-        if scales.shape not in ((), granules.shape):
-            how = f"axis={axis}" if group_size is None else f"axis={axis}, group_size={group_size}"
-            raise ValueError(f"scale has shape {scales.shape}; data of shape {shape} with {how} needs {granules.shape}")
-    return granules, granules.spread(scales, np.float32), granules.spread(zeros, np.int32)
-
-
-def _code_range(info: CodeDType, quant_min: float | None, quant_max: float | None) -> tuple[int, int]:
-    low, high = check_code_range(info, quant_min, quant_max)
-    return (0, 0) if info.is_float else (int(low), int(high))  # float8 is not clamped by code
-
-
-def _check_nan(values: NDArray[Any], nan: str, info: CodeDType) -> NDArray[Any]:
-    if nan not in ("raise", "zero"):
-        raise ValueError(f'nan={nan!r} must be "raise" or "zero"')
-    if nan == "raise":
-        bad = _core.count_nonfinite(values.reshape(-1))
-        if bad:
-            raise nonfinite_error(bad, values.size)
-    elif info.is_float and np.isnan(values).any():
-        return np.where(np.isnan(values), values.dtype.type(0), values)  # integer loops do this themselves
-    return values
-
-
-def _quantize(
-    values: NDArray[Any], info: CodeDType, granules: Granules, scales: Any, zeros: Any, low: int, high: int
-) -> NDArray[Any]:
-    codes = np.empty(values.shape, np.uint8)
-    if info.is_float:
-        _core.quantize_float8(values.reshape(-1), scales, granules.walk, info.name, codes.reshape(-1))
-    else:
-        _core.quantize(values.reshape(-1), scales, zeros, granules.walk, low, high, codes.reshape(-1))
-    return codes.view(info.storage)
-
-
-def _dequantize(
-    codes: NDArray[Any], info: CodeDType, granules: Granules, scales: Any, zeros: Any
-) -> NDArray[np.float32]:
-    out = np.empty(codes.shape, np.float32)
-    flat = codes.reshape(-1).view(np.uint8)
-    if info.is_float:
-        _core.dequantize_float8(flat, scales, granules.walk, info.name, out.reshape(-1))
-    else:
-        _core.dequantize(flat, info.is_signed, scales, zeros, granules.walk, out.reshape(-1))
-    return out
-
-
-def _cast(values: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Round float32 once to another float dtype; overflow becomes Inf, as a cast does."""
-    if values.dtype == dtype:
-        return values
-    if dtype.name == "bfloat16":
-        return encode(values, "bfloat16").view(dtype)
-    with np.errstate(over="ignore"):
-        return values.astype(dtype)
-
-
-def _deliver(result: NDArray[Any], out: NDArray[Any] | None) -> NDArray[Any]:
-    if out is None:
-        return result
-    if not isinstance(out, np.ndarray):
-        raise TypeError(f"out must be a numpy.ndarray, not {type(out).__name__}")
-    if out.shape != result.shape or out.dtype != result.dtype:
-        raise ValueError(f"out is {out.dtype} of shape {out.shape}; it must be {result.dtype} of shape {result.shape}")
-    if not out.flags.writeable:
-        raise ValueError("out is read-only; pass an array that can be written to")
-    out[...] = result
-    return out
-
-
-def quantize(
-    x: ArrayLike,
-    scale: ArrayLike,
-    zero_point: ArrayLike | None = None,
-    dtype: str = "int8",
-    axis: int | None = None,
-    *,
-    group_size: int | None = None,
-    quant_min: float | None = None,
-    quant_max: float | None = None,
-    nan: str = "raise",
-    out: NDArray[Any] | None = None,
-) -> NDArray[Any]:
-    """Turn values into codes: ``clamp(rint(x / scale) + zero_point, quant_min, quant_max)``.
-
-    True division in float32 (float64 input: in float64, rounded once), ties to even, the zero point added after
-    rounding, as ONNX QuantizeLinear has it. For float8: ``encode(x / scale)``, saturating.
-
-    Parameters
-    ----------
-    x : array_like of float
-        Any shape; float16, bfloat16, float32 or float64.
-    scale : float or array_like
-        Finite and > 0. A float per tensor; shape ``(x.shape[axis],)`` with `axis`; x's shape with the axis divided by
-        the group size (rounded up) with `group_size`.
-    zero_point : int or array_like, optional
-        The code of 0.0, of `scale`'s shape; 0 by default.
-    dtype : str
-        The code dtype.
-    axis : int, optional
-        The axis of the channels, or along which groups run (then -1 by default).
-    group_size : int, optional
-        Elements that share a scale along `axis`; the last group may be shorter.
-    quant_min, quant_max : int, optional
-        The codes to clamp to; the dtype's full range by default.
-    nan : {"raise", "zero"}
-        Raise at NaN and infinities, or map NaN to the zero point and infinities to the ends of the range.
-    out : numpy.ndarray, optional
-        Where to write the codes; of the result's shape and dtype.
-
-    Returns
-    -------
-    numpy.ndarray
-        One element a code: int8 for int8 and int4, uint8 for the others.
-
-    Raises
-    ------
-    ValueError
-        For NaN or infinities (unless ``nan="zero"``), a bad scale, zero point, range or shape.
-    TypeError
-        If x is not of floats.
-    """
-    info = code_dtype(dtype)
-    values = as_float_array(x)
-    granules, scales, zeros = _parameters(values.shape, scale, zero_point, info, axis, group_size)
-    low, high = _code_range(info, quant_min, quant_max)
-    values = _check_nan(values, nan, info)
-    return _deliver(_quantize(values, info, granules, scales, zeros, low, high), out)
-
-
-def dequantize(
-    codes: ArrayLike,
-    scale: ArrayLike,
-    zero_point: ArrayLike | None = None,
-    dtype: str | None = None,
-    axis: int | None = None,
-    *,
-    group_size: int | None = None,
-    out_dtype: Any = "float32",
-    out: NDArray[Any] | None = None,
-) -> NDArray[Any]:
-    """Turn codes into values: ``(code - zero_point) * scale`` in float32, then one rounding to `out_dtype`.
-
-    Parameters
-    ----------
-    codes : array_like
-        One element a code, as `quantize` returns them; ml_dtypes arrays (int4, float8 ...) too.
-    scale, zero_point, axis, group_size
-        As for `quantize`.
-    dtype : str, optional
-        The code dtype; that of the array by default. Needed for int4 codes in int8 arrays and float8 codes in uint8.
-    out_dtype : str or dtype
-        ``"float32"``, ``"float64"``, ``"float16"`` or ``"bfloat16"`` (which needs ml_dtypes).
-    out : numpy.ndarray, optional
-        Where to write the values; of the codes' shape and of `out_dtype`.
-
-    Returns
-    -------
-    numpy.ndarray
-        Of `out_dtype` and the codes' shape.
-    """
-    array = np.asarray(codes)
-    info = code_dtype(array.dtype.name if dtype is None else dtype)
-    wanted = float_dtype(out_dtype)
-    if wanted.itemsize < 2:
-        raise ValueError(f"out_dtype={wanted.name} has no room for values; use float32, float64, float16 or bfloat16")
-    array = _as_codes(array, info)
-    granules, scales, zeros = _parameters(array.shape, scale, zero_point, info, axis, group_size)
-    return _deliver(_cast(_dequantize(array, info, granules, scales, zeros), wanted), out)
-
-
-def _as_codes(array: NDArray[Any], info: CodeDType) -> NDArray[Any]:
-    """Return codes as a C-contiguous array of the dtype's storage; refuse what is not a code."""
-    if info.is_float and array.dtype.name == info.name:
-        array = array.view(np.uint8) if array.flags.c_contiguous else np.ascontiguousarray(array).view(np.uint8)
-    elif array.dtype.name == info.name and array.dtype != info.storage:
-        array = array.astype(info.storage)  # ml_dtypes' int4 and uint4: a byte each
-    if array.dtype.kind not in "iu":
-        raise TypeError(f"codes of {info.name} are {info.storage.name}, not {array.dtype}; quantize() gives them")
-    low, high = (0, 255) if info.is_float else (info.min, info.max)
-    if array.size and (array.dtype != info.storage or info.bits < 8) and (array.min() < low or array.max() > high):
-        raise ValueError(f"codes {array.min()}..{array.max()} are outside {info.name}'s {low}..{high}")
-    return np.array(array, dtype=info.storage, order="C", copy=None)
-
-
-def fake_quantize(
-    x: ArrayLike,
-    scale: ArrayLike,
-    zero_point: ArrayLike | None = None,
-    dtype: str = "int8",
-    axis: int | None = None,
-    *,
-    group_size: int | None = None,
-    quant_min: float | None = None,
-    quant_max: float | None = None,
-    nan: str = "raise",
-    out: NDArray[Any] | None = None,
-) -> NDArray[Any]:
-    """Quantize and dequantize in one step: what of x survives its codes.
-
-    Equals ``dequantize(quantize(x, ...), ...)`` bit for bit, in x's own dtype. Parameters are those of `quantize`.
-
-    Returns
-    -------
-    numpy.ndarray
-        Of x's shape and dtype (float32 for Python numbers).
-    """
-    info = code_dtype(dtype)
-    values = as_float_array(x)
-    granules, scales, zeros = _parameters(values.shape, scale, zero_point, info, axis, group_size)
-    low, high = _code_range(info, quant_min, quant_max)
-    values = _check_nan(values, nan, info)
-    if info.is_float:
-        result = _dequantize(_quantize(values, info, granules, scales, zeros, low, high), info, granules, scales, zeros)
-    else:
-        result = np.empty(values.shape, np.float32)
-        _core.fake_quantize(values.reshape(-1), scales, zeros, granules.walk, low, high, result.reshape(-1))
-    dtype_of_x = x.dtype.newbyteorder("=") if isinstance(x, np.ndarray) else np.dtype(np.float32)
-    return _deliver(_cast(result, dtype_of_x), out)
-
-
-def sqnr(x: ArrayLike, y: ArrayLike) -> float:
-    """Signal-to-quantization-noise ratio in decibels: ``10 log10(sum(x^2) / sum((x - y)^2))``, sums in float64.
-
-    Parameters
-    ----------
-    x : array_like of float
-        The original.
-    y : array_like of float
-        What became of it; of x's shape.
-
-    Returns
-    -------
-    float
-        Infinite where y equals x.
-    """
-    a, b = as_float_array(x), as_float_array(y)
-    if a.shape != b.shape:
-        raise ValueError(f"x has shape {a.shape} and y {b.shape}; they must be the same")
-    signal, noise, *_ = _error_sums(a, b)
-    return _decibel(signal, noise)
-
-
-def _error_sums(x: NDArray[Any], y: NDArray[Any]) -> tuple[float, float, float, float, float]:
-    """Return the sums of x^2, (x - y)^2, y^2 and x*y, and the largest |x - y|, in float64."""
-    common = np.result_type(x, y)
-    return _core.squared_sums(x.reshape(-1).astype(common, copy=False), y.reshape(-1).astype(common, copy=False))
-
-
-def _decibel(signal: float, noise: float) -> float:
-    if noise == 0.0:
-        return math.inf
-    return 10.0 * math.log10(signal / noise) if signal else -math.inf
-
-
-# Tensors
 
 
 def _words(count: int) -> int:
@@ -486,7 +200,7 @@ class QuantizedTensor:
         """Decode everything, to the original dtype (rounded once from float32)."""
         granules = Granules.of_config(self.shape, self.config)
         values = _decode(self.codes, self.config.info, self.scale, self.zero_point, granules)
-        return _cast(values, float_dtype(self.dtype))
+        return cast_floats(values, float_dtype(self.dtype))
 
     def take(self, rows: ArrayLike) -> NDArray[Any]:
         """Decode only some rows: an embedding look-up.
@@ -512,7 +226,7 @@ class QuantizedTensor:
             bad = index.min() if index.min() < -self.shape[0] else index.max()
             raise IndexError(f"row {bad} does not exist; the tensor has {self.shape[0]} rows")
         values = self._rows(index.reshape(-1).astype(np.intp, copy=False))
-        return _cast(values.reshape((*index.shape, *self.shape[1:])), float_dtype(self.dtype))
+        return cast_floats(values.reshape((*index.shape, *self.shape[1:])), float_dtype(self.dtype))
 
     # Size and quality
 
@@ -549,7 +263,7 @@ def _decode(
     codes: NDArray[Any], info: CodeDType, scale: NDArray[Any], zero: NDArray[Any], granules: Granules
 ) -> NDArray[np.float32]:
     scales, zeros = granules.spread(scale, np.float32), granules.spread(zero, np.int32)
-    return _dequantize(np.array(codes, order="C", copy=None), info, granules, scales, zeros)
+    return dequantize_walk(np.array(codes, order="C", copy=None), info, granules, scales, zeros)
 
 
 def error_measures(x: ArrayLike, q: QuantizedTensor) -> dict[str, float]:
@@ -563,11 +277,11 @@ def error_measures(x: ArrayLike, q: QuantizedTensor) -> dict[str, float]:
         pairs = ((original[rows], q._rows(rows)) for rows in q._row_slices())
     xx = dd = yy = xy = worst = 0.0
     for block, decoded in pairs:
-        sums = _error_sums(as_float_array(block), decoded)
+        sums = error_sums(as_float_array(block), decoded)
         xx, dd, yy, xy = xx + sums[0], dd + sums[1], yy + sums[2], xy + sums[3]
         worst = max(worst, sums[4])
     cosine = xy / math.sqrt(xx * yy) if xx and yy else float(xx == yy)
-    return {"sqnr": _decibel(xx, dd), "cosine": cosine, "max_error": worst}
+    return {"sqnr": decibel(xx, dd), "cosine": cosine, "max_error": worst}
 
 
 def store_codes(codes: NDArray[Any], zero_point: NDArray[Any], config: QuantConfig) -> NDArray[Any]:
@@ -636,14 +350,14 @@ def quantize_tensor(
         raise TypeError(f"config must be a QuantConfig, not {type(config).__name__}")
     values = as_float_array(x)
     info, granules = config.info, Granules.of_config(values.shape, config)
-    values = _check_nan(values, nan, info)
+    values = check_nan(values, nan, info)
     if qparams is None:
         qparams = _find_qparams(values, config, ObserverMethod(method), nan)
     else:
         qparams = _own_qparams(qparams, config, granules, values.ndim)
     scales, zeros = granules.spread(qparams.scale, np.float32), granules.spread(qparams.zero_point, np.int32)
-    low, high = _code_range(info, config.quant_min, config.quant_max)
-    codes = _quantize(values, info, granules, scales, zeros, low, high)
+    low, high = code_range(info, config.quant_min, config.quant_max)
+    codes = quantize_walk(values, info, granules, scales, zeros, low, high)
     scale = np.broadcast_to(qparams.scale, granules.shape)
     zero = store_zero_point(qparams.zero_point, granules.shape, config)
     data = store_codes(codes, zero, config)

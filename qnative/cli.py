@@ -1,0 +1,529 @@
+"""The command line: ``qnative quantize | inspect | compare | verify | info | bench``.
+
+Results go to standard output, as text or with ``--json`` as one JSON document; progress and errors go to standard
+error. A command that fails prints one line that says what to do, and exits with 1 (2 for a wrong command line, 130 when
+interrupted).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+__all__ = ["main"]
+
+_EXPECTED = (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError, MemoryError)
+
+
+class _UsageError(Exception):
+    """A wrong command line."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise _UsageError(f"{message} (see `{self.prog} --help`)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Parameters
+    ----------
+    argv : sequence of str, optional
+        The arguments, without the program's name; those of the process by default.
+
+    Returns
+    -------
+    int
+        The exit status.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    as_json = "--json" in arguments
+    try:
+        try:
+            options = _parser().parse_args(arguments)
+            text, document = options.run(options)
+            sys.stdout.write(_json(document) if as_json else text)
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+            return 0
+        except _UsageError as error:
+            return _failed(str(error), as_json, 2)
+        except BrokenPipeError:
+            raise
+        except _EXPECTED as error:
+            return _failed(_message(error), as_json, 1)
+    except KeyboardInterrupt:
+        sys.stderr.write("\nqnative: interrupted; nothing was left half-written\n")
+        return 130
+    except BrokenPipeError:  # the reader has gone, as `| head` does; what Python would still flush goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _failed(message: str, as_json: bool, status: int) -> int:
+    message = " ".join("".join(c if c.isprintable() else " " for c in message).split())
+    if as_json:
+        sys.stdout.write(_json({"error": message}) + "\n")
+    sys.stderr.write(f"qnative: error: {message}\n")
+    return status
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    if isinstance(error, KeyError) and error.args:
+        return str(error.args[0])
+    return str(error) or type(error).__name__
+
+
+def _json(document: Any) -> str:
+    import json
+
+    return json.dumps(document, indent=1, allow_nan=False)
+
+
+# The arguments
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = _Parser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print one JSON document")
+    working = _Parser(add_help=False)
+    working.add_argument(
+        "--progress", action=argparse.BooleanOptionalAction, default=None,
+        help="show progress on standard error (default: when that is a terminal)",
+    )  # fmt: skip
+    parser = _Parser(prog="qnative", description="Quantize models for CPU inference, and see what it cost.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, run: Callable[[Any], tuple[str, Any]], text: str, *more: _Parser) -> argparse.ArgumentParser:
+        added = commands.add_parser(
+            name, parents=[common, *more], help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False
+        )
+        added.set_defaults(run=run)
+        return added
+
+    from qnative.config import CODE_DTYPES, SCALE_DTYPES, QuantGranularity, QuantMode
+    from qnative.linear import ACTIVATIONS
+
+    quantize = command("quantize", _quantize, "quantize a safetensors checkpoint", working)
+    quantize.add_argument("input", metavar="IN", help="the float checkpoint (.safetensors)")
+    quantize.add_argument("output", metavar="OUT", help="the model to write (.safetensors or .json)")
+    quantize.add_argument("--dtype", default="int8", choices=[*CODE_DTYPES, "fp8"], help="of the codes (default: int8)")
+    quantize.add_argument("--mode", default="symmetric", choices=list(map(str, QuantMode)), help="(default: symmetric)")
+    quantize.add_argument(
+        "--granularity", choices=[str(g) for g in QuantGranularity],
+        help="(default: per_channel; per_group where --group-size is given)",
+    )  # fmt: skip
+    quantize.add_argument("--group-size", type=int, metavar="N", help="elements a group (per_group; default: 32)")
+    quantize.add_argument("--scale-dtype", default="float32", choices=SCALE_DTYPES, help="(default: float32)")
+    quantize.add_argument("--activations", default="dynamic", choices=ACTIVATIONS, help="how inputs are quantized")
+    quantize.add_argument(
+        "--include", action="append", default=[], metavar="PATTERN",
+        help="quantize these too, e.g. '*embed*' (may be repeated)",
+    )  # fmt: skip
+    quantize.add_argument(
+        "--exclude", action="append", default=[], metavar="PATTERN", help="leave these alone (may be repeated)"
+    )
+    quantize.add_argument(
+        "--activation", action="append", default=[], metavar="PATTERN=NAME",
+        help="fuse relu, gelu, gelu_tanh or silu into these layers, e.g. '*intermediate.dense=gelu' (may be repeated)",
+    )  # fmt: skip
+    quantize.add_argument("--config", metavar="FILE", help="the model's own JSON configuration, kept in OUT")
+
+    inspect = command("inspect", _inspect, "list what a model or any safetensors file holds")
+    inspect.add_argument("file", metavar="FILE")
+
+    compare = command("compare", _compare, "measure, layer by layer, what quantization cost", working)
+    compare.add_argument("float", metavar="FLOAT", help="the float checkpoint")
+    compare.add_argument("quantized", metavar="QUANTIZED", help="the model made from it")
+    compare.add_argument("--picture", metavar="FILE", help="draw it too (.png, .svg, .pdf)")
+
+    verify = command("verify", _verify, "check every byte of a saved model against its checksums")
+    verify.add_argument("file", metavar="FILE")
+
+    command("info", _info, "show the version, the CPU, the kernels and the threads")
+
+    bench = command("bench", _bench, "time quantized layers against NumPy's float32 product", working)
+    bench.add_argument("--shape", action="append", metavar="M,K,N", help="rows, inputs, outputs (may be repeated)")
+    bench.add_argument("--dtype", default="int8", choices=["int8", "int4", "fp8"], help="of weights (default: int8)")
+    bench.add_argument("--seconds", type=float, default=0.3, metavar="S", help="a shape and contender (default: 0.3)")
+    return parser
+
+
+# Progress
+
+
+class _Bar:
+    """One line on standard error, rewritten in place; nothing at all when it is not wanted."""
+
+    def __init__(self, wanted: bool | None) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._wanted = self._terminal if wanted is None else wanted
+        self._width = 0
+
+    def __call__(self, done: int, total: int | None, name: str) -> None:
+        if not self._wanted:
+            return
+        filled = 24 * done // max(total or done, 1)
+        name = "".join(c if c.isprintable() else "?" for c in name)[-48:]
+        line = f"[{'=' * filled}{' ' * (24 - filled)}] {done}/{total or '?'} {name}"
+        if self._terminal:
+            sys.stderr.write("\r" + line.ljust(self._width))
+            self._width = len(line)
+        else:
+            sys.stderr.write(line + "\n")
+        sys.stderr.flush()
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._wanted and self._terminal:
+            sys.stderr.write("\r" + " " * self._width + "\r")
+            sys.stderr.flush()
+
+
+# quantize, inspect, compare, verify
+
+
+def _quantize(options: Any) -> tuple[str, Any]:
+    from qnative.config import QuantConfig, QuantGranularity, QuantMode
+    from qnative.model import quantize_model
+
+    granularity = options.granularity or ("per_group" if options.group_size is not None else "per_channel")
+    group_size = options.group_size
+    if granularity == QuantGranularity.PER_GROUP and group_size is None:
+        group_size = 32
+    config = QuantConfig(
+        "float8_e4m3fn" if options.dtype == "fp8" else options.dtype,
+        QuantMode(options.mode),
+        QuantGranularity(granularity),
+        group_size=group_size,
+        scale_dtype=options.scale_dtype,
+    )
+    fused = {}
+    for given in options.activation:
+        pattern, equals, name = given.rpartition("=")
+        if not equals or not pattern:
+            raise _UsageError(f"--activation {given!r} must be PATTERN=NAME, such as '*intermediate.dense=gelu'")
+        fused[pattern] = name
+    if not options.output.lower().endswith((".safetensors", ".json")):
+        raise _UsageError(f"OUT {options.output!r} must end in .safetensors or .json")
+    both = os.path.exists(options.output) and os.path.exists(options.input)
+    if both and os.path.samefile(options.output, options.input):
+        raise _UsageError("OUT is IN; the float checkpoint would be lost, so give another name")
+    warnings = _Warnings()
+    with _Bar(options.progress) as bar, warnings:
+        model = quantize_model(
+            options.input, config, options.activations, include=options.include, exclude=options.exclude,
+            activation=fused, config_json=_own_config(options), progress=bar,
+        )  # fmt: skip
+        model.save(options.output)
+    totals = model.totals
+    size = os.path.getsize(options.output)
+    known = [layer for layer in totals.layers if layer.sqnr is not None]
+    weakest = min(known, key=lambda layer: layer.sqnr if layer.sqnr is not None else 0.0, default=None)
+    lines = [f"{options.output}: {size:,} bytes", str(totals), f"{model.scheme}, {config!r}"]
+    if weakest is not None:
+        lines.append(f"weakest layer: {weakest.name}, {weakest.sqnr:.1f} dB")
+    document = {
+        "output": options.output, "file_bytes": size, "scheme": model.scheme, "config": config.to_dict(),
+        "activations": options.activations, **totals.to_dict(), "warnings": warnings.messages,
+    }  # fmt: skip
+    return "\n".join(lines), document
+
+
+def _own_config(options: Any) -> str | None:
+    """Return the model's own configuration: the file that was named, or ``config.json`` beside the checkpoint."""
+    path = options.config
+    if path is None:
+        path = os.path.join(os.path.dirname(options.input), "config.json")
+        if not os.path.isfile(path):
+            return None
+    with open(path, encoding="utf-8") as file:
+        text = file.read(1 << 20)
+        if file.read(1):
+            raise ValueError(f"{path}: a model's configuration has at most 1 MiB; name another file with --config")
+    return text
+
+
+class _Warnings:
+    """Shows the library's warnings on standard error while a command runs, and keeps them."""
+
+    def __init__(self) -> None:
+        import logging
+
+        self.messages: list[str] = []
+        self._handler = logging.Handler(logging.WARNING)
+        self._handler.emit = self._emit  # type: ignore[method-assign]
+        self._logger = logging.getLogger("qnative")
+
+    def _emit(self, record: Any) -> None:
+        self.messages.append(record.getMessage())
+
+    def __enter__(self) -> None:
+        self._logger.addHandler(self._handler)
+
+    def __exit__(self, *exception: object) -> None:
+        self._logger.removeHandler(self._handler)
+        for message in self.messages:
+            sys.stderr.write(f"qnative: warning: {message}\n")
+
+
+def _inspect(options: Any) -> tuple[str, Any]:
+    from qnative.files import open_file
+    from qnative.model import QuantizedModel
+    from qnative.report import table
+
+    with open_file(options.file) as file:
+        found = list(file.tensors.values())
+        tensors = [{"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "nbytes": t.nbytes} for t in found]
+        own = file.document is not None
+        size = file.size
+        metadata = None if own else getattr(file, "metadata", None)
+    document: dict[str, Any] = {"file": options.file, "file_bytes": size, "kind": "qnative" if own else "safetensors"}
+    if not own:
+        document |= {"metadata": metadata, "tensors": tensors}
+        total = sum(t.nbytes for t in found)
+        columns = ["name", "dtype", "shape", "nbytes"]
+        return f"{options.file}: {len(tensors)} tensors, {total:,} bytes\n\n{table(tensors, columns)}", document
+    model = QuantizedModel.load(options.file, mmap=True)
+    totals = model.totals
+    layers = []
+    for layer in totals.layers:
+        described = model.settings(layer.name)
+        layers.append({**layer.to_dict(), "kind": described["kind"], **{k: described.get(k) for k in _SETTINGS}})
+    untouched = [
+        {"name": name, "shape": list(model.tensor(name).shape), "dtype": model.settings(name)["dtype"]}
+        for name in model.names("untouched")
+    ]
+    document |= {
+        "scheme": model.scheme, **totals.to_dict(), "layers": layers, "untouched_tensors": untouched,
+        "config_json": model.config_json, "tensors": tensors,
+    }  # fmt: skip
+    rows = [
+        {
+            "layer": layer["name"], "kind": layer["kind"], "shape": layer["shape"], "codes": layer["config"]["dtype"],
+            "mode": layer["config"]["mode"], "scales": _granularity(layer["config"]),
+            "inputs": _inputs(layer["activations"]),
+            "bytes": layer["bytes_after"], "ratio": layer["ratio"], "SQNR dB": layer["sqnr"],
+        }
+        for layer in layers
+    ]  # fmt: skip
+    columns = ["layer", "kind", "shape", "codes", "mode", "scales", "inputs", "bytes", "ratio", "SQNR dB"]
+    text = f"{options.file}: {size:,} bytes, {model.scheme}\n{totals}\n\n{table(rows, columns)}"
+    if untouched:
+        text += f"\n\n{table(untouched, ['name', 'dtype', 'shape'])}"
+    return text, document
+
+
+_SETTINGS = ("activations", "activation", "output", "bias")
+
+
+def _granularity(config: dict[str, Any]) -> str:
+    name = str(config["granularity"]).replace("_", " ")
+    return f"{name} of {config['group_size']}" if config["group_size"] else name
+
+
+def _inputs(activations: Any) -> str:
+    return f"static {activations['dtype']}" if isinstance(activations, dict) else activations or "-"
+
+
+def _compare(options: Any) -> tuple[str, Any]:
+    from qnative.model import QuantizedModel
+    from qnative.report import compare, picture, table
+
+    model = QuantizedModel.load(options.quantized, mmap=True)
+    with _Bar(options.progress) as bar:
+        reports = compare(options.float, model, progress=bar)
+    if options.picture:
+        picture(reports, options.picture)
+    columns = ["name", "shape", "sqnr", "cosine", "max_error", "bits_per_weight", "codes_used", "entropy"]
+    text = table(reports, columns)
+    if options.picture:
+        text += f"\n\npicture: {options.picture}"
+    return text, {"layers": [r.to_dict() for r in reports], "picture": options.picture}
+
+
+def _verify(options: Any) -> tuple[str, Any]:
+    from qnative.files import open_file
+    from qnative.model import QuantizedModel
+
+    model = QuantizedModel.load(options.file, mmap=True, verify=True)
+    with open_file(options.file) as file:
+        tensors, size = len(file.tensors), file.size
+    text = f"{options.file}: OK, {tensors} tensors, {size:,} bytes, {model.scheme}"
+    return text, {"file": options.file, "ok": True, "tensors": tensors, "file_bytes": size, "scheme": model.scheme}
+
+
+# info, bench
+
+
+def _info(options: Any) -> tuple[str, Any]:
+    import platform
+
+    import numpy as np
+
+    from qnative import _core
+
+    version = str(sys.modules["qnative"].__version__)
+    document = {
+        "version": version,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "features": _core.cpu_features(),
+        "kernels": _core.isas(),
+        "kernel_in_use": _core.isa(),
+        "QNATIVE_ISA": os.environ.get("QNATIVE_ISA"),
+        "cpus_available": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads_per_call": 1,
+    }
+    usable = [name for name, ok in _core.isas().items() if ok]
+    lines = [
+        f"qnative   {version}",
+        f"python    {document['python']}, numpy {document['numpy']}, {document['platform']}",
+        f"cpu       {document['cpu']}, {document['cpus_available']} available to this process",
+        f"features  {', '.join(name for name, ok in _core.cpu_features().items() if ok) or 'none that matter here'}",
+        f"kernels   {', '.join(usable)}; in use: {_core.isa()}" + (
+            " (by QNATIVE_ISA)" if os.environ.get("QNATIVE_ISA") else ""
+        ),
+        "threads   a call runs on the thread that makes it, without the GIL",
+    ]  # fmt: skip
+    return "\n".join(lines), document
+
+
+def _cpu_name() -> str:
+    import platform
+
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+_SHAPES = ((1, 384, 384), (32, 384, 1536), (128, 768, 3072))
+
+
+def _bench(options: Any) -> tuple[str, Any]:
+    from qnative import _core
+    from qnative.report import table
+
+    shapes = [_shape(text) for text in options.shape] if options.shape else list(_SHAPES)
+    if not 0.0 < options.seconds <= 60.0:
+        raise _UsageError(f"--seconds {options.seconds} must be above 0 and at most 60")
+    rows = []
+    with _OneThread() as threads, _Bar(options.progress) as bar:
+        for i, shape in enumerate(shapes):
+            bar(i, len(shapes), "x".join(map(str, shape)))
+            rows.append(_bench_shape(shape, options.dtype, options.seconds))
+    columns = ["M", "K", "N", "qnative_us", "numpy_us", "ratio", "qnative_GOPS", "numpy_GOPS", "SQNR_dB"]
+    heading = (
+        f"{options.dtype} weights, dynamic activations, float32 in and out, bias; kernel {_core.isa()}, one thread;\n"
+        f"ratio: times faster than NumPy's float32 product in the same run, {threads}"
+    )
+    document = {"dtype": options.dtype, "kernel": _core.isa(), "numpy_threads": threads, "shapes": rows}
+    return f"{heading}\n\n{table(rows, columns)}", document
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    try:
+        m, k, n = (int(part) for part in text.split(","))
+    except ValueError:
+        raise _UsageError(f"--shape {text!r} must be three whole numbers M,K,N") from None
+    if min(m, k, n) < 1 or max(m * k, k * n, m * n) > 1 << 28:
+        raise _UsageError(f"--shape {text!r}: sizes must be at least 1, and no matrix larger than 2^28 elements")
+    return m, k, n
+
+
+class _OneThread:
+    """Holds NumPy's product to one thread where threadpoolctl is installed, and says what holds."""
+
+    def __enter__(self) -> str:
+        self._limits = None
+        try:
+            import threadpoolctl  # type: ignore[import-untyped]
+        except ImportError:
+            return "threads as the environment sets them (threadpoolctl is not installed)"
+        self._limits = threadpoolctl.threadpool_limits(1)
+        return "one thread"
+
+    def __exit__(self, *exception: object) -> None:
+        if self._limits is not None:
+            self._limits.unregister()
+
+
+def _bench_shape(shape: tuple[int, int, int], dtype: str, seconds: float) -> dict[str, Any]:
+    import numpy as np
+
+    from qnative.config import QuantConfig
+    from qnative.linear import QuantizedLinear
+    from qnative.tensor import sqnr
+
+    config = {
+        "int8": QuantConfig.int8_per_channel(), "int4": QuantConfig.int4_per_group(32),
+        "fp8": QuantConfig.fp8().per_channel(),
+    }[dtype]  # fmt: skip
+    m, k, n = shape
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((n, k), np.float32)
+    bias = rng.standard_normal(n, np.float32)
+    x = rng.standard_normal((m, k), np.float32)
+    layer = QuantizedLinear.from_float(weight, bias, config)
+    transposed = weight.T
+    out, expected = np.empty((m, n), np.float32), np.empty((m, n), np.float32)
+
+    def ours() -> None:
+        layer(x, out=out)
+
+    def theirs() -> None:
+        np.matmul(x, transposed, out=expected)
+        np.add(expected, bias, out=expected)
+
+    out.fill(np.nan)
+    ours()
+    theirs()
+    quality = sqnr(expected, out)
+    least = {"int8": 30.0, "int4": 12.0, "fp8": 20.0}[dtype]
+    alone = layer(x[:1])
+    if not quality > least or not np.array_equal(alone, out[:1]):
+        raise RuntimeError(f"the layer of {m},{k},{n} is wrong ({quality:.1f} dB); nothing was timed, please report it")
+    times = _interleaved([ours, theirs], seconds)
+    work = 2e-9 * m * k * n
+    return {
+        "M": m, "K": k, "N": n, "qnative_us": times[0] * 1e6, "numpy_us": times[1] * 1e6, "ratio": times[1] / times[0],
+        "qnative_GOPS": work / times[0], "numpy_GOPS": work / times[1], "SQNR_dB": quality,
+    }  # fmt: skip
+
+
+def _interleaved(contenders: list[Callable[[], None]], seconds: float) -> list[float]:
+    """Time each contender in turns, for `seconds` each; the median of the turns, in seconds a call."""
+    import statistics
+    import time
+
+    clock = time.perf_counter
+    turns = 9
+    counts = []
+    for call in contenders:
+        call()
+        start = clock()
+        call()
+        counts.append(max(1, int(seconds / turns / max(clock() - start, 1e-7))))
+    samples: list[list[float]] = [[] for _ in contenders]
+    for _ in range(turns):
+        for call, count, sample in zip(contenders, counts, samples, strict=True):
+            start = clock()
+            for _ in range(count):
+                call()
+            sample.append((clock() - start) / count)
+    return [statistics.median(sample) for sample in samples]
