@@ -128,7 +128,7 @@ def decode(codes: ArrayLike, dtype: object) -> NDArray[np.float32]:
         if array.size and (array.min() < 0 or array.max() > largest):
             raise ValueError(f"codes of {name} lie in 0..{largest}, not {array.min()}..{array.max()}")
         array = array.astype(wanted)
-    shape, array = array.shape, np.ascontiguousarray(array, wanted)
+    shape, array = array.shape, np.require(array, wanted, ["C_CONTIGUOUS", "ALIGNED"])
     if name == "float16":
         return array.view(np.float16).astype(np.float32).reshape(shape)
     out = np.empty(shape, np.float32)

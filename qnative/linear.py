@@ -159,7 +159,7 @@ class QuantizedLinear:
                 )
             if self._groups() > 1:
                 raise ValueError("an int32 bias needs one scale per output; with groups pass a float32 bias")
-            return np.ascontiguousarray(given, np.int32)
+            return np.require(given, np.int32, ["C_CONTIGUOUS", "ALIGNED"])
         with np.errstate(over="ignore"):
             array = np.ascontiguousarray(as_float_array(bias), np.float32)
         if not np.isfinite(array).all():
