@@ -19,10 +19,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from qnative.config import ObserverMethod, QParams, QuantConfig
+from qnative.elementwise import fake_quantize
 from qnative.floats import as_float_array
 from qnative.granularity import block_min_max
 from qnative.observers import CalibrationCollector, Observer, make_observer, observe_once
-from qnative.tensor import fake_quantize
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor

@@ -8,6 +8,7 @@ interrupted).
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -214,6 +215,9 @@ def _quantize(options: Any) -> tuple[str, Any]:
         fused[pattern] = name
     if not options.output.lower().endswith((".safetensors", ".json")):
         raise _UsageError(f"OUT {options.output!r} must end in .safetensors or .json")
+    folder = os.path.dirname(options.output)
+    if folder and not os.path.isdir(folder):  # said now, not after the work
+        raise FileNotFoundError(errno.ENOENT, "No such folder", folder)
     both = os.path.exists(options.output) and os.path.exists(options.input)
     if both and os.path.samefile(options.output, options.input):
         raise _UsageError("OUT is IN; the float checkpoint would be lost, so give another name")
@@ -467,8 +471,8 @@ def _bench_shape(shape: tuple[int, int, int], dtype: str, seconds: float) -> dic
     import numpy as np
 
     from qnative.config import QuantConfig
+    from qnative.elementwise import sqnr
     from qnative.linear import QuantizedLinear
-    from qnative.tensor import sqnr
 
     config = {
         "int8": QuantConfig.int8_per_channel(), "int4": QuantConfig.int4_per_group(32),

@@ -113,7 +113,7 @@ def _is_embedding_or_norm(name: str) -> bool:
     parts = name.split(".")
     return (
         "embed" in name
-        or name.endswith("bias")
+        or layer_name(name).endswith("bias")
         or any(part in ("wte", "wpe") for part in parts)
         or "norm" in parts[max(len(parts) - 2, 0)]
     )

@@ -45,6 +45,8 @@ class Observer(ABC):
     otherwise, the result depends neither on how the stream was cut into batches nor on their order, and `merge` gives
     the bits that observing both streams gives, in whatever order and grouping shards are merged.
 
+    An observer is for one thread; give each thread its own, and merge.
+
     Parameters
     ----------
     axis : int, optional
@@ -139,7 +141,8 @@ class Observer(ABC):
             )
         if self._channels is None:
             self._allocate(channels)
-        self._dimensions.add(x.ndim)
+        if self.axis is not None:
+            self._dimensions.add(x.ndim)
         np.minimum(self._low, low, out=self._low)
         np.maximum(self._high, high, out=self._high)
         self._count += count
@@ -346,7 +349,7 @@ class Observer(ABC):
                         f"shape {array.shape}"
                     )
                 array[...] = given
-            if np.any((new._low > new._high) != (new._count == 0)) or min(new._count.min(), new._skipped.min()) < 0:
+            if np.any((new._low <= new._high) != (new._count > 0)) or min(new._count.min(), new._skipped.min()) < 0:
                 raise ValueError("the state's low, high, count and skipped do not belong together")
             for name, statistic in new._statistics.items():
                 if not statistic.agrees(new._low, new._high, new._count):
@@ -495,9 +498,13 @@ class KLObserver(_HistogramObserver):
     A threshold clips the histogram; P is what is left with the tail folded into its last bin, Q what is left without
     the tail, merged into as many levels as there are codes (128 of abs(x) for symmetric int8, 8 for int4) and spread
     over each level's non-empty bins. The threshold with the least KL(P || Q) is taken, the widest where several have
-    it; every edge of a bin is tried. Asymmetric codes (256 or 16 levels) have two thresholds, searched in turn until
-    neither moves. Exact zeros, which a ReLU makes in numbers that would drown the rest, have a code of their own
-    whatever the scale and take no part. 128 KiB a channel.
+    it (to 1e-10); every edge of a bin is tried. Asymmetric codes (256 or 16 levels) have two thresholds, searched in
+    turn until neither moves. The levels of float8 are as wide as its codes are apart.
+
+    Exact zeros, which a ReLU makes in numbers that would drown the rest, have a code of their own whatever the scale
+    and take no part. A clipped histogram with fewer non-empty bins than levels, which Q always equals, is no candidate.
+    The method wants many values: with a few hundred (a channel of a weight) the histogram is mostly holes, and MSE or
+    min-max serve better. 128 KiB a channel.
 
     Parameters
     ----------

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qnative.config import SMALLEST_SCALE, QuantConfig, qparams_from_range
+from qnative.elementwise import fake_quantize
 from qnative.floats import decode
 from qnative.streams import F64, I64, SIDE, SIDE_BITS, Ends, Histogram, Moments
-from qnative.tensor import fake_quantize
 
 __all__ = ["kl_range", "mean_std_range", "mse_range", "mse_range_of_rows", "percentile_range"]
 
@@ -24,28 +24,31 @@ __all__ = ["kl_range", "mean_std_range", "mse_range", "mse_range_of_rows", "perc
 BLOCK = 1 << 17
 #: Channels whose thresholds are searched at a time.
 ROWS = 32
-#: Steps an octave of the threshold in the search for the least squared error: at first, with one threshold and with a
-#: pair, and in the end (0.3% each).
+#: Divergences (in nats) no further apart than this are equal: far below what matters and far above rounding, which
+#: would otherwise choose between ranges that lose nothing.
+EQUAL = 1e-10
+#: The search for the least squared error, with one threshold and with a pair: steps an octave at first, and how often
+#: they are halved (to 0.3% of the threshold).
 COARSE_CELLS = {1: 16, 2: 2}
-FINEST_STEP = 2.0**-8
+HALVINGS = {1: 4, 2: 7}
 
 
 def percentile_range(h: Histogram, low: F64, high: F64, config: QuantConfig, percentile: float) -> Ends:
     """Keep `percentile` of the values: of abs(x) for symmetric codes, half of the rest cut at each end otherwise."""
     out_low, out_high = low.copy(), high.copy()
     width = h.width
-    line = h.signed()
     for c in range(len(low)):
+        line = h.signed(c)
         if config.is_symmetric:
-            magnitudes = line[c, SIDE:] + line[c, SIDE - 1 :: -1]
+            magnitudes = line[SIDE:] + line[SIDE - 1 :: -1]
             least = max(float(low[c]), float(-high[c]), 0.0)
             most = max(float(-low[c]), float(high[c]))
             out_high[c] = _quantile(magnitudes, 0, width[c], least, most, percentile)
             out_low[c] = -out_high[c]
         else:
             share = (100.0 + percentile) / 2
-            out_high[c] = _quantile(line[c], SIDE, width[c], low[c], high[c], share)
-            out_low[c] = -_quantile(line[c, ::-1], SIDE, width[c], -high[c], -low[c], share)
+            out_high[c] = _quantile(line, SIDE, width[c], low[c], high[c], share)
+            out_low[c] = -_quantile(line[::-1], SIDE, width[c], -high[c], -low[c], share)
     return out_low, out_high
 
 
@@ -156,7 +159,9 @@ class _Divergence:
         p_log_q = (mass * log_q).sum(axis=1)
         total = float(self.mass[-1])
         kept = (at[:, -1] - at[:, 0]).astype(np.float64)
-        possible = kept > 0
+        # With fewer non-empty bins than levels Q is P, whatever was cut; only the whole may be that poor.
+        whole = (first <= self.first) & (stop >= self.stop)
+        possible = (self.filled[stop] - self.filled[first] >= self.levels) | whole
         # With a bin or more to each level, the end bins lie in the end levels. (Those of float8 nearest to zero may
         # have none, but float8 is symmetric: nothing is folded in at that end.)
         for tail, end, level in (
@@ -167,25 +172,24 @@ class _Divergence:
             p_log_p += _x_log_x(count + tail) - _x_log_x(count)
             p_log_q += tail * log_q[:, level]
             possible &= (tail == 0) | (count > 0)
-        with np.errstate(divide="ignore"):
-            divergence = (p_log_p - p_log_q) / total + np.log(kept) - math.log(total)
+        divergence = (p_log_p - p_log_q) / total + np.log(np.maximum(kept, 1.0)) - math.log(total)
         return np.where(possible, divergence, np.inf)
 
     def _least(self, first: I64, stop: I64) -> tuple[float, int]:
         """Return the least divergence and the last index that has it: the widest range, as callers go outwards."""
         step = max(BLOCK // self.levels, 1)
         values = np.concatenate([self(first[i : i + step], stop[i : i + step]) for i in range(0, len(first), step)])
-        best = len(values) - 1 - int(np.argmin(values[::-1]))
+        best = int(np.flatnonzero(values <= values.min() + EQUAL)[-1])
         return float(values[best]), best
 
     def search_high(self, first: int, zero: int) -> tuple[float, int]:
-        """Least divergence over the upper end, and that end: at least a bin a level, and not below `zero`."""
+        """Return the least divergence over the upper end, and that end: a bin a level or more, not below `zero`."""
         stop = np.arange(max(first + self.levels, zero), max(self.stop, zero) + 1)
         value, best = self._least(np.full(len(stop), first), stop)
         return value, int(stop[best])
 
     def search_low(self, stop: int, zero: int) -> tuple[float, int]:
-        """Least divergence over the lower end, and that end: at least a bin a level, and not above `zero`."""
+        """Return the least divergence over the lower end, and that end: a bin a level or more, not above `zero`."""
         first = np.arange(min(stop - self.levels, zero), min(self.first, zero) - 1, -1)
         value, best = self._least(first, np.full(len(first), stop))
         return value, int(first[best])
@@ -197,10 +201,10 @@ class _Divergence:
         while True:
             before = least
             value, end = self.search_high(first, zero)
-            if value < least:
+            if value < least - EQUAL:
                 least, stop = value, end
             value, end = self.search_low(stop, zero)
-            if value < least:
+            if value < least - EQUAL:
                 least, first = value, end
             if least == before:
                 return first, stop
@@ -223,110 +227,115 @@ def mse_range(h: Histogram, low: F64, high: F64, config: QuantConfig) -> Ends:
     then around the best in finer and finer grids, to 0.3%: one u for symmetric codes and for data on one side of zero,
     else a pair. The ends themselves are always among the candidates.
     """
-    return _least_error(low, high, config, ROWS, lambda some, a, b: _HistogramError(h, some, a, b, config))
+    number = h.counts.sum(axis=(1, 2))
+    return _least_error(low, high, config, number, ROWS, lambda some: _HistogramError(h, some, config))
 
 
 def mse_range_of_rows(rows: NDArray[Any], low: F64, high: F64, config: QuantConfig) -> Ends:
     """Choose as `mse_range` does, for each of many short rows, by the error of the values themselves."""
-    some = max(ROWS, ROWS * ROWS * 64 // rows.shape[1])
-    return _least_error(low, high, config, some, lambda some, a, b: _RowError(rows[some], a, b, config))
+    number = np.full(len(rows), rows.shape[1])
+    at_once = max(ROWS, BLOCK // (2 * rows.shape[1]))
+    return _least_error(low, high, config, number, at_once, lambda some: _RowError(rows[some], config))
 
 
 def _least_error(
     low: F64,
     high: F64,
     config: QuantConfig,
+    number: I64,
     at_once: int,
-    search_of: Callable[[NDArray[np.intp], F64, F64], _ErrorSearch],
+    error_of: Callable[[NDArray[np.intp]], _SquaredError],
 ) -> Ends:
-    base_low, base_high = np.minimum(low, 0.0), np.maximum(high, 0.0)
-    out_low, out_high = low.copy(), high.copy()
+    """Search for the best thresholds of every row, rows with equal grids together: none depends on its neighbours."""
+    ends = np.stack([np.maximum(-low, 0.0), np.maximum(high, 0.0)], axis=1)
+    if config.is_symmetric:
+        ends[...] = ends.max(axis=1, keepdims=True)
     # Nothing to search in a constant, nor where every candidate's scale would be the smallest there is.
-    worth = (low < high) & (np.maximum(-low, high) > SMALLEST_SCALE * config.quant_max)
-    paired = worth & (base_low < 0) & (base_high > 0) & (not config.is_symmetric)
-    for rows, shrinks in ((np.flatnonzero(worth & ~paired), 1), (np.flatnonzero(paired), 2)):
+    worth = (low < high) & (ends.max(axis=1) > SMALLEST_SCALE * config.quant_max)
+    paired: NDArray[np.bool_] = ends.all(axis=1) & np.full(len(ends), not config.is_symmetric)
+    config = config.per_channel(0).with_scale_dtype("float32")
+    found = ends.copy()
+    depth = np.zeros_like(ends)
+    depth[worth] = _depths(ends[worth], number[worth], config)
+    cells = np.where(paired, COARSE_CELLS[2], COARSE_CELLS[1]) * depth.max(axis=1)
+    # A power of two of them, so that few different grids are enough for all rows.
+    cells = np.exp2(np.ceil(np.log2(np.maximum(cells, 1.0)))).astype(np.int64)
+    for shrinks, count in sorted(set(zip((1 + paired[worth]).tolist(), cells[worth].tolist(), strict=True))):
+        rows = np.flatnonzero(worth & (paired == (shrinks == 2)) & (cells == count))
         for i in range(0, len(rows), at_once):
             some = rows[i : i + at_once]
-            u = search_of(some, base_low[some], base_high[some]).least(shrinks)
-            if config.is_symmetric:
-                out_high[some] = np.maximum(-base_low[some], base_high[some]) * np.exp2(-u[:, 0])
-                out_low[some] = -out_high[some]
-            else:
-                out_low[some] = base_low[some] * np.exp2(-u[:, 0])
-                out_high[some] = base_high[some] * np.exp2(-u[:, -1])
+            found[some] = _shrink(ends[some], depth[some], shrinks, count, error_of(some), config)
+    out_low, out_high = low.copy(), high.copy()
+    out_low[worth], out_high[worth] = -found[worth, 0] + 0.0, found[worth, 1]
     return out_low, out_high
 
 
-class _ErrorSearch(ABC):
-    """The search for the thresholds, a row of data each, at which the squared quantization error is least.
+def _depths(ends: F64, number: I64, config: QuantConfig) -> F64:
+    """Octaves of each end, (rows, 2), below which no threshold can win.
 
-    Parameters
+    With the ends of the data as thresholds no value is off by more than half the widest step, and cutting an end off
+    costs at least the square of what is cut (less half a step, by which the zero point may shift the range). And an end
+    below a quarter of a step is as good as zero.
+    """
+    scale = qparams_from_range(-ends[:, 0], ends[:, 1], config).scale.astype(np.float64)
+    slack = (np.sqrt(number) + 1.0) * (0.5 * np.diff(_levels(config)).max()) * scale
+    whole = np.where(ends > 0, ends, 1.0)
+    left = np.maximum(ends - slack[:, None], 0.25 * scale[:, None]) / whole
+    return np.where(ends > 0, -np.log2(np.clip(left, 1.0 / SIDE, 1.0)), 0.0)
+
+
+def _shrink(ends: F64, depth: F64, shrinks: int, cells: int, error: _SquaredError, config: QuantConfig) -> F64:
+    """Return the ends, (rows, 2), with the least error: both shrunk alike, or each by itself.
+
+    At first over a grid of `cells` steps from the ends down to their depths, then around the best, halving the steps.
+    """
+    if shrinks == 1:
+        depth = np.broadcast_to(depth.max(axis=1, keepdims=True), depth.shape)
+
+    def best_of(centre: F64, offsets: F64) -> F64:
+        u = np.maximum(centre[:, None, :] + offsets[None, :, :] * depth[:, None, :], 0.0)
+        errors = []
+        step = max(BLOCK // (len(u) * error.terms), 1)
+        for i in range(0, len(offsets), step):
+            low, high = np.moveaxis(ends[:, None, :] * np.exp2(-u[:, i : i + step]), -1, 0)
+            params = qparams_from_range(-low.ravel(), high.ravel(), config)
+            zero = np.broadcast_to(params.zero_point, low.size).reshape(low.shape)
+            errors.append(error(params.scale.reshape(low.shape).astype(np.float64), zero.astype(np.float64)))
+        best: F64 = u[np.arange(len(u)), np.argmin(np.concatenate(errors, axis=1), axis=1)]
+        return best
+
+    best = best_of(np.zeros_like(ends), _grid(np.linspace(0.0, 1.0, cells + 1), shrinks))
+    step = 1.0 / cells
+    for _ in range(HALVINGS[shrinks]):
+        best = best_of(best, _grid(np.linspace(-step, step, 5), shrinks))
+        step /= 2
+    return ends * np.exp2(-best)
+
+
+def _grid(points: F64, dimensions: int) -> F64:
+    """Return every pair of `points`, or each with itself: (pairs, 2)."""
+    if dimensions == 1:
+        return np.stack([points, points], axis=1)
+    return np.stack(np.meshgrid(points, points, indexing="ij"), axis=-1).reshape(-1, 2)
+
+
+class _SquaredError(ABC):
+    """Squared quantization errors of rows of data, for many scales and zero points each.
+
+    Attributes
     ----------
-    low, high : float64 arrays (rows,)
-        The ends of the data, extended to contain zero.
-    config : QuantConfig
-    number : float64 array (rows,)
-        How many values there are.
     terms : int
         How many terms the error of one candidate is a sum of.
     """
 
-    def __init__(self, low: F64, high: F64, config: QuantConfig, number: F64, terms: int) -> None:
-        self.low, self.high = low, high
-        self.config = config.per_channel(0).with_scale_dtype("float32")
-        self.levels = _levels(config)
-        self.values, self.terms = number, terms
+    terms: int
 
     @abstractmethod
-    def errors(self, scale: F64, zero: F64) -> F64:
-        """Squared errors, up to a constant a row, with scales and zero points (rows, candidates); of their shape."""
-
-    def _params(self, u: F64) -> tuple[F64, F64]:
-        """Scales and zero points, (rows, candidates), of the ends shrunk by 2**-u: u is (rows, candidates, 1 or 2)."""
-        low = self.low[:, None] * np.exp2(-u[:, :, 0])
-        high = self.high[:, None] * np.exp2(-u[:, :, -1])
-        params = qparams_from_range(low.ravel(), high.ravel(), self.config)
-        zero = np.broadcast_to(params.zero_point, low.size).reshape(low.shape)
-        return params.scale.reshape(low.shape).astype(np.float64), zero.astype(np.float64)
-
-    def _depth(self, shrinks: int) -> float:
-        """Octaves below which no threshold can win.
-
-        With the ends of the data as thresholds no value is off by more than half the widest step, and cutting an end
-        off costs at least the square of what is cut (less half a step, by which the zero point may shift the range).
-        And an end below a quarter of a step is as good as zero.
-        """
-        scale = self._params(np.zeros((len(self.low), 1, shrinks)))[0][:, 0]
-        slack = (np.sqrt(self.values) + 1.0) * (0.5 * np.diff(self.levels).max()) * scale
-        if self.config.is_symmetric:
-            ends = [np.maximum(self.high, -self.low)]
-        else:
-            ends = [end for end in (self.high, -self.low) if end.all()]
-        left = min(float(np.min(np.maximum(end - slack, 0.25 * scale) / end)) for end in ends)
-        return -math.log2(min(max(left, 1.0 / SIDE), 1.0))
-
-    def _best_of(self, centre: F64, offsets: F64) -> F64:
-        """Return the best of `centre` (rows, shrinks) + `offsets` (candidates, shrinks), the widest where equal."""
-        u = np.maximum(centre[:, None, :] + offsets, 0.0)
-        step = max(BLOCK // (len(u) * self.terms), 1)
-        errors = [self.errors(*self._params(u[:, i : i + step])) for i in range(0, len(offsets), step)]
-        best: F64 = u[np.arange(len(u)), np.argmin(np.concatenate(errors, axis=1), axis=1)]
-        return best
-
-    def least(self, shrinks: int) -> F64:
-        """Return the best exponents, (rows, shrinks): of both ends together, or of each."""
-        depth = self._depth(shrinks)
-        cells = max(math.ceil(depth * COARSE_CELLS[shrinks]), 1)
-        step = depth / cells
-        best = np.zeros((len(self.low), shrinks))
-        best = self._best_of(best, _grid(np.linspace(0.0, depth, cells + 1), shrinks))
-        while step > FINEST_STEP:
-            best = self._best_of(best, _grid(np.linspace(-step, step, 5), shrinks))
-            step /= 2
-        return best
+    def __call__(self, scale: F64, zero: F64) -> F64:
+        """Return errors, up to a constant a row; all of shape (rows, candidates)."""
 
 
-class _HistogramError(_ErrorSearch):
+class _HistogramError(_SquaredError):
     """Expected errors over histograms, whose values are taken as evenly spread within their bin.
 
     (Exact zeros cost nothing, whatever the scale.) Between two decision boundaries every value goes to one level v, at
@@ -334,7 +343,9 @@ class _HistogramError(_ErrorSearch):
     other sums come from running sums: a candidate costs one term a code instead of one a bin.
     """
 
-    def __init__(self, h: Histogram, rows: NDArray[np.intp], low: F64, high: F64, config: QuantConfig) -> None:
+    def __init__(self, h: Histogram, rows: NDArray[np.intp], config: QuantConfig) -> None:
+        self.levels = _levels(config)
+        self.terms = len(self.levels)
         # In units of bins, so that neither large nor tiny data can leave float64. Whole numbers and halves: exact.
         self.power = SIDE_BITS - h.exponent[rows]
         self.counts, self.number, self.sum = np.zeros((3, len(rows), 2 * SIDE + 1))
@@ -343,9 +354,8 @@ class _HistogramError(_ErrorSearch):
         np.cumsum(self.counts[:, :-1], axis=1, out=self.number[:, 1:])
         middles = np.arange(-SIDE, SIDE) + 0.5
         np.cumsum(self.counts[:, :-1] * middles, axis=1, out=self.sum[:, 1:])
-        super().__init__(low, high, config, self.number[:, -1], len(_levels(config)))
 
-    def errors(self, scale: F64, zero: F64) -> F64:
+    def __call__(self, scale: F64, zero: F64) -> F64:
         values = (self.levels - zero[:, :, None]) * np.ldexp(scale, self.power[:, None])[:, :, None]
         bounds = (values[:, :, 1:] + values[:, :, :-1]) * 0.5
         np.clip(bounds, -SIDE, SIDE, out=bounds)
@@ -365,23 +375,17 @@ class _HistogramError(_ErrorSearch):
         return error
 
 
-class _RowError(_ErrorSearch):
+class _RowError(_SquaredError):
     """Errors of the values themselves, (rows, n)."""
 
-    def __init__(self, rows: NDArray[Any], low: F64, high: F64, config: QuantConfig) -> None:
-        self.rows = rows
+    def __init__(self, rows: NDArray[Any], config: QuantConfig) -> None:
+        self.rows, self.terms, self.dtype = rows, rows.shape[1], config.dtype
         self.clamp = (None, None) if config.info.is_float else (config.quant_min, config.quant_max)
-        super().__init__(low, high, config, np.full(len(rows), float(rows.shape[1])), rows.shape[1])
 
-    def errors(self, scale: F64, zero: F64) -> F64:
+    def __call__(self, scale: F64, zero: F64) -> F64:
         x = np.repeat(self.rows, scale.shape[1], axis=0)
         low, high = self.clamp
-        wrong = fake_quantize(x, scale.ravel(), zero.ravel(), self.config.dtype, 0, quant_min=low, quant_max=high)
+        wrong = fake_quantize(x, scale.ravel(), zero.ravel(), self.dtype, 0, quant_min=low, quant_max=high)
         wrong -= x
         errors: F64 = np.square(wrong, dtype=np.float64).sum(axis=1).reshape(scale.shape)
         return errors
-
-
-def _grid(points: F64, dimensions: int) -> F64:
-    """Return every combination of `points`, (combinations, dimensions)."""
-    return np.stack(np.meshgrid(*[points] * dimensions, indexing="ij"), axis=-1).reshape(-1, dimensions)

@@ -159,13 +159,14 @@ class Histogram(Statistic):
         """The width of each channel's bins (0 where it underflows, far below any scale)."""
         return np.ldexp(1.0, self.exponent - SIDE_BITS)
 
-    def signed(self) -> I64:
-        """Return the counts over the signed line, zeros included: entry SIDE + i is of [i * width, (i + 1) * width).
+    def signed(self, channel: int) -> I64:
+        """Return a channel's counts over the signed line, zeros too: entry SIDE + i is of [i * width, (i + 1) * width).
 
         (A negative value on an edge belongs to the bin below it.)
         """
-        line = np.concatenate([self.counts[:, 0, ::-1], self.counts[:, 1]], axis=1)
-        line[:, SIDE] += self.zeros
+        negative, positive = self.counts[channel]
+        line = np.concatenate([negative[::-1], positive])
+        line[SIDE] += self.zeros[channel]
         return line
 
     def start(self, low: F64, high: F64) -> None:
