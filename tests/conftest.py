@@ -1,0 +1,100 @@
+"""Fixtures for every test: the compiled kernels one by one, guarded memory, hypothesis profiles, slow tests."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import mmap
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from numpy.typing import NDArray
+
+try:
+    from qnative._core import isas
+
+    ISAS: dict[str, bool] = dict(isas())
+except ImportError:  # not built: each test module says so by itself
+    ISAS = {"scalar": True}
+
+settings.register_profile(
+    "ci", max_examples=150, deadline=None, derandomize=True, database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)  # fmt: skip
+settings.register_profile("dev", max_examples=50, deadline=None)
+settings.register_profile("thorough", max_examples=2000, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "dev"))
+
+_selected: set[str] = set()
+_ran: set[str] = set()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow too (all 2^32 float32 values ...)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: minutes long; runs with --slow")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow; run with --slow"))
+    _selected.update(item.nodeid for item in items if "isa" in getattr(item, "fixturenames", ()))
+
+
+@pytest.fixture(params=list(ISAS))
+def isa(request: pytest.FixtureRequest) -> str:
+    """The name of each compiled kernel in turn; skipped where this CPU cannot run it."""
+    name = str(request.param)
+    if not ISAS[name]:
+        pytest.skip(f"this CPU cannot run {name}")
+    _ran.add(name)
+    return name
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """A whole run must have run every kernel that this CPU can."""
+    options = session.config.option
+    narrowed = options.keyword or options.markexpr or any("::" in a for a in session.config.args)
+    if exitstatus != 0 or options.collectonly or narrowed or not _selected:
+        return
+    missed = [name for name, usable in ISAS.items() if usable and name not in _ran]
+    if missed:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+        if reporter is not None:
+            reporter.write_line(f"kernels usable here that no test ran: {', '.join(missed)}", red=True)
+
+
+Guarded = Callable[..., NDArray[Any]]
+
+
+@pytest.fixture(scope="session")
+def guarded() -> Guarded:
+    """`guarded(shape, dtype, at="end")`: poisoned memory that ends (or begins) exactly at a page nobody may touch."""
+    if os.name != "posix":
+        pytest.skip("needs mprotect")
+    mprotect = ctypes.CDLL(None, use_errno=True).mprotect
+    mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+    def make(shape: tuple[int, ...], dtype: Any, at: str = "end") -> NDArray[Any]:
+        dtype, page = np.dtype(dtype), mmap.PAGESIZE
+        size = math.prod(shape) * dtype.itemsize
+        body = max(-(-size // page), 1) * page
+        memory = mmap.mmap(-1, body + 2 * page)
+        memory[:] = b"\xa5" * len(memory)
+        base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        for start in (base, base + page + body):
+            if mprotect(start, page, 0):
+                raise OSError(ctypes.get_errno(), "mprotect failed")
+        offset = page + (body - size if at == "end" else 0)
+        return np.frombuffer(memory, dtype, math.prod(shape), offset).reshape(shape)
+
+    return make
