@@ -1,0 +1,444 @@
+"""Calibration: the same answer serially, in threads, in processes and over shards; and never worse than min-max."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import pickle
+from collections.abc import Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from qnative.calibration import (
+    CalibrationDataset,
+    Calibrator,
+    LayerCalibration,
+    QuantizationSpec,
+    calibrate_layer,
+    calibrate_model,
+    map_ordered,
+)
+from qnative.config import ObserverMethod, QParams, QuantConfig, qparams_from_range
+from qnative.elementwise import fake_quantize
+from qnative.linear import QuantizedLinear
+from qnative.observers import make_observer
+from qnative.tensor import quantize_tensor
+
+METHODS = [m.value for m in ObserverMethod]
+UINT8 = QuantConfig("uint8", "asymmetric")
+
+
+def layers(count: int = 4) -> dict[str, list[NDArray[np.float32]]]:
+    rng = np.random.default_rng(0)
+    return {
+        f"layer{i}": [rng.laplace(size=(50, 8)).astype(np.float32) * 2.0**i for _ in range(3)] for i in range(count)
+    }
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[Executor]:
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as executor:
+        yield executor
+
+
+@pytest.fixture(params=["threads", "processes"])
+def pool(request: pytest.FixtureRequest) -> Iterator[Executor]:
+    if request.param == "processes":
+        yield request.getfixturevalue("processes")
+    else:
+        with ThreadPoolExecutor(2) as executor:
+            yield executor
+
+
+def batches_of_the_module() -> list[NDArray[np.float32]]:
+    return layers(1)["layer0"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def test_an_array_is_cut_along_its_first_axis() -> None:
+    x = np.arange(20, dtype=np.float32).reshape(10, 2)
+    dataset = CalibrationDataset(x, batch_size=4)
+    assert [b.shape for b in dataset] == [(4, 2), (4, 2), (2, 2)] and len(dataset) == 3
+    np.testing.assert_array_equal(np.concatenate(list(dataset)), x)
+    assert [b.shape for b in CalibrationDataset(x)] == [(10, 2)] and len(CalibrationDataset(x)) == 1
+
+
+def test_an_array_given_for_batches_is_one_batch_and_not_its_rows() -> None:
+    """Iterating an array gives rows: a moving average over those would be another answer."""
+    x = np.random.default_rng(1).standard_normal((5, 7))
+    spec = calibrate_layer(x, method="moving_average")
+    assert spec.qparams == qparams_from_range(x.min(), x.max(), UINT8)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [batches_of_the_module(), batches_of_the_module, tuple(batches_of_the_module())],
+    ids=["list", "function", "tuple"],
+)
+def test_datasets_can_be_gone_through_again_and_pickled(source: Any) -> None:
+    dataset = CalibrationDataset(source)
+    copy = pickle.loads(pickle.dumps(dataset))
+    for one in (dataset, dataset, copy):
+        np.testing.assert_array_equal(np.stack(list(one)), np.stack(batches_of_the_module()))
+
+
+def test_a_generator_is_gone_through_once_and_says_so() -> None:
+    dataset = CalibrationDataset(b for b in batches_of_the_module())
+    assert not dataset.reiterable
+    assert len(list(dataset)) == 3
+    with pytest.raises(RuntimeError, match="one-shot iterator"):
+        list(dataset)
+    with pytest.raises(TypeError, match="one-shot iterator"):
+        pickle.dumps(dataset)
+    with pytest.raises(TypeError):
+        len(dataset)
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_a_memory_mapped_array_is_read_piece_by_piece_and_sent_by_name(tmp_path: Path, order: str) -> None:
+    x = np.random.default_rng(2).standard_normal((1000, 300)).astype(np.float32)
+    np.save(tmp_path / "x.npy", np.asarray(x, order=order))
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    for dataset in (CalibrationDataset(mapped, 64), CalibrationDataset(tmp_path / "x.npy", 64)):
+        sent = pickle.dumps(dataset)
+        assert len(sent) < 2000
+        assert len(dataset) == 16
+        received = pickle.loads(sent)
+        assert all(isinstance(batch, np.memmap) for batch in received)
+        np.testing.assert_array_equal(np.concatenate(list(received)), x)
+    # A slice of a map does not know where it begins in the file, and goes as data.
+    np.testing.assert_array_equal(
+        np.concatenate(list(pickle.loads(pickle.dumps(CalibrationDataset(mapped[7:9]))))), x[7:9]
+    )
+    raw = np.memmap(tmp_path / "raw", np.float32, "w+", 64, (3, 5))
+    raw[...] = 7.0
+    raw.flush()
+    assert next(iter(pickle.loads(pickle.dumps(CalibrationDataset(raw))))).tolist() == [[7.0] * 5] * 3
+
+
+def test_bad_datasets_are_refused() -> None:
+    for source, options, error in (
+        (3.0, {}, TypeError),
+        ([np.ones(2)], {"batch_size": 2}, ValueError),
+        (np.ones(2), {"batch_size": 0}, ValueError),
+        (np.ones(2), {"batch_size": 1.5}, ValueError),
+    ):
+        with pytest.raises(error):
+            CalibrationDataset(source, **options)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Specifications
+
+
+def test_specs_survive_json_and_pickle() -> None:
+    for config in (UINT8, QuantConfig.int8_per_channel(axis=1)):
+        spec = calibrate_layer(batches_of_the_module(), config, "percentile", name="encoder.0", percentile=99.0)
+        assert (spec.name, spec.method) == ("encoder.0", "percentile")
+        assert QuantizationSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+        assert pickle.loads(pickle.dumps(spec)) == spec
+    fields = spec.to_dict()
+    for bad in ({**fields, "extra": 1}, {"name": "x"}, {**fields, "method": "best"}):
+        with pytest.raises(ValueError):
+            QuantizationSpec.from_dict(bad)
+    with pytest.raises(TypeError):
+        QuantizationSpec("x", 1.0, "kl")  # type: ignore[arg-type]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One layer
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_layer_gets_what_its_observer_says(method: str) -> None:
+    batches = batches_of_the_module()
+    observer = make_observer(method)
+    for batch in batches:
+        observer.observe(batch)
+    assert calibrate_layer(batches, method=method).qparams == observer.qparams(UINT8)
+    config = QuantConfig.int8()
+    assert calibrate_layer(iter(batches), config, method).qparams == observer.qparams(config)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_shards_of_a_layer_on_an_executor_give_the_answer_of_one(method: str, pool: Executor) -> None:
+    rng = np.random.default_rng(3)
+    batches = [rng.standard_normal(500) * 4.0**i for i in range(9)]
+    spread = calibrate_layer(batches, method=method, executor=pool)
+    alone = calibrate_layer(batches, method=method)
+    if method in ("moving_average", "mean_std"):
+        np.testing.assert_allclose(spread.qparams.scale, alone.qparams.scale, rtol=1e-6)
+        assert spread.qparams.zero_point == alone.qparams.zero_point
+    else:
+        assert spread == alone
+
+
+def test_no_data_and_bad_data_are_refused() -> None:
+    with pytest.raises(RuntimeError, match="call observe"):
+        calibrate_layer([])
+    dirty = [np.float32([1.0, np.nan, -2.0])]
+    with pytest.raises(ValueError, match="nonfinite='skip'"):
+        calibrate_layer(dirty)
+    spec = calibrate_layer(dirty, method="min_max", nonfinite="skip")
+    assert spec.qparams == qparams_from_range(-2.0, 1.0, UINT8)
+    with pytest.raises(TypeError, match="no option 'sigma'"):
+        calibrate_layer(dirty, method="kl", sigma=2.0)
+
+
+def output_error(x: NDArray[Any], qparams: QParams, weight: NDArray[Any]) -> float:
+    codes_range = {"quant_min": qparams.quant_min, "quant_max": qparams.quant_max}
+    error = fake_quantize(x, qparams.scale, qparams.zero_point, qparams.dtype, **codes_range) - x
+    return float(np.square((error @ weight.T).astype(np.float64)).sum())
+
+
+def outlier_case() -> tuple[list[NDArray[np.float32]], NDArray[np.float32]]:
+    """Rare large values in one column: all that this layer looks at."""
+    rng = np.random.default_rng(4)
+    x = rng.standard_normal((4, 500, 16)).astype(np.float32)
+    x[:, ::100, 3] *= 50.0
+    weight = rng.standard_normal((8, 16)).astype(np.float32) * 0.01
+    weight[:, 3] = 1.0
+    return list(x), weight
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("config", [UINT8, QuantConfig.int8(), QuantConfig.int4()], ids=str)
+def test_output_aware_is_never_worse_than_min_max(method: str, config: QuantConfig) -> None:
+    batches, weight = outlier_case()
+    plain = calibrate_layer(batches, config, "min_max").qparams
+    asked = calibrate_layer(batches, config, method).qparams
+    spec = calibrate_layer(batches, config, method, weight)
+    every = np.concatenate(batches)
+    assert output_error(every, spec.qparams, weight) <= output_error(every, plain, weight)
+    assert output_error(every, spec.qparams, weight) <= output_error(every, asked, weight)
+    assert spec.method in (method, "min_max")
+    assert spec.qparams == (plain if spec.method == "min_max" else asked)
+
+
+def test_output_aware_rescues_a_layer_that_lives_on_outliers_and_keeps_a_good_answer() -> None:
+    batches, weight = outlier_case()
+    assert calibrate_layer(batches, method="kl").method == "kl"
+    assert calibrate_layer(batches, method="kl", weight=weight, output_aware=False).method == "kl"
+    assert calibrate_layer(batches, method="kl", weight=weight).method == "min_max"
+    gauss = [np.random.default_rng(5).standard_normal((2000, 16)).astype(np.float32)]
+    kept = calibrate_layer(gauss, QuantConfig.int4(), "mse", weight)
+    assert kept.method == "mse"
+    quantized = quantize_tensor(weight, QuantConfig.int8_per_channel())
+    assert calibrate_layer(gauss, QuantConfig.int4(), "mse", quantized).qparams == kept.qparams
+
+
+def test_output_aware_says_what_it_needs() -> None:
+    batches, weight = outlier_case()
+    with pytest.raises(ValueError, match="weight="):
+        calibrate_layer(batches, output_aware=True)
+    with pytest.raises(ValueError, match="one-shot"):
+        calibrate_layer(iter(batches), weight=weight)
+    for bad in (weight[:, :5], weight[0]):
+        with pytest.raises(ValueError, match="shape"):
+            calibrate_layer(batches, weight=bad)
+
+
+def test_output_aware_with_skipped_values() -> None:
+    batches, weight = outlier_case()
+    clean = calibrate_layer(batches, method="mse", weight=weight)
+    batches = [*batches, np.full((1, 16), np.nan, np.float32), np.full((1, 16), np.inf, np.float32)]
+    assert calibrate_layer(batches, method="mse", weight=weight, nonfinite="skip") == clean
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A model
+
+
+class Recording(Executor):
+    """An executor of nobody's: runs at once, and keeps what it was given."""
+
+    def __init__(self) -> None:
+        self.submitted: list[Any] = []
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        self.submitted.append((fn, args, kwargs))
+        future: Future[Any] = Future()
+        try:
+            future.set_result(pickle.loads(pickle.dumps(fn))(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_executor_gives_the_serial_answer(method: str) -> None:
+    data = layers(2)
+    serial = calibrate_model(data, method=method)
+    assert list(serial) == list(data) and all(serial[name].name == name for name in data)
+    assert {(spec.qparams.dtype, spec.qparams.axis) for spec in serial.values()} == {("uint8", None)}
+    recording = Recording()
+    assert calibrate_model(data, method=method, executor=recording) == serial
+    assert len(recording.submitted) == len(data)
+    with ThreadPoolExecutor(3) as threads:
+        assert calibrate_model(data, method=method, executor=threads) == serial
+
+
+def test_a_process_pool_gives_the_serial_answer(tmp_path: Path, processes: Executor) -> None:
+    data: dict[str, Any] = dict(layers())
+    np.save(tmp_path / "x.npy", np.concatenate(data["layer1"]))
+    data["mapped"] = CalibrationDataset(tmp_path / "x.npy", batch_size=50)
+    data["function"] = batches_of_the_module
+    weight = np.random.default_rng(6).standard_normal((3, 8)).astype(np.float32)
+    options: dict[str, Any] = {"config": QuantConfig.int8(), "method": "percentile", "percentile": 99.0}
+    weights = {"layer2": weight, "mapped": weight}
+    serial = calibrate_model(data, **options, weights=weights)
+    assert calibrate_model(data, **options, weights=weights, executor=processes) == serial
+    assert serial["mapped"].qparams == calibrate_layer(data["layer1"], **options, weight=weight).qparams
+
+
+def test_an_error_names_the_layer(processes: Executor) -> None:
+    data = layers(4)
+    data["layer1"] = [np.float32([np.nan])]
+    for executor in (None, Recording(), processes):
+        with pytest.raises(ValueError, match="NaN") as caught:
+            calibrate_model(data, method="min_max", executor=executor)
+        assert "while calibrating 'layer1'" in caught.value.__notes__
+    with pytest.raises(TypeError, match="one-shot iterator"):
+        calibrate_model({"a": iter(data["layer0"])}, executor=processes)
+
+
+def test_work_is_submitted_a_bounded_number_ahead_in_order_and_cancelled_at_an_error() -> None:
+    started, taken = [], []
+
+    def work(i: int) -> int:
+        started.append(i)
+        if i == 3:
+            raise KeyError(i)
+        return i
+
+    def items() -> Any:
+        for i in range(100):
+            taken.append(i)
+            yield i
+
+    results = []
+    with ThreadPoolExecutor(2) as executor, pytest.raises(KeyError):
+        for result in map_ordered(executor, work, items(), in_flight=4):
+            results.append(result)
+    assert results == [0, 1, 2]
+    assert max(started) <= max(taken) <= 3 + 4
+    assert list(map_ordered(None, work, [5, 4])) == [5, 4]
+
+
+def test_progress_is_told_of_every_layer(capsys: pytest.CaptureFixture[str]) -> None:
+    data, told = layers(3), []
+    calibrate_model(data, method="min_max", progress=lambda *args: told.append(args))
+    assert told == [(1, 3, "layer0"), (2, 3, "layer1"), (3, 3, "layer2")]
+    calibrate_model(data, method="min_max", progress=True)
+    assert "3/3" in capsys.readouterr().err
+    with pytest.raises(TypeError, match="progress"):
+        calibrate_model(data, progress="yes")  # type: ignore[arg-type]
+    calibrate_model(data, method="min_max")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_models_refuse_weights_of_unknown_layers() -> None:
+    with pytest.raises(ValueError, match="'other'"):
+        calibrate_model(layers(1), weights={"other": np.ones((1, 8))})
+    with pytest.raises(ValueError, match="weight=") as caught:
+        calibrate_model(layers(1), output_aware=True)
+    assert caught.value.__notes__ == ["while calibrating 'layer0'"]
+    assert calibrate_model({}) == {}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Calibrator
+
+
+def test_a_calibrator_records_weights_and_activations() -> None:
+    weight = np.float32([[0.5, -2.0], [0.25, 0.125]])
+    calibrator = Calibrator()
+    calibrator.record_layer("both", weight)
+    calibrator.record_layer("idle", weight)
+    calibrator.record_activations("both", np.float32([[1.0, -3.0]]))
+    calibrator.record_activations("both", np.float32([[9.0, 0.0], [0.0, 0.0]]))
+    calibrator.record_activations("unweighted", np.zeros((0, 2), np.float32))
+    found = calibrator.finish()
+    assert list(found) == ["both", "idle", "unweighted"] and all(
+        isinstance(f, LayerCalibration) for f in found.values()
+    )
+    both = found["both"]
+    assert (both.weight_min, both.weight_max, both.activation_min, both.activation_max) == (-2.0, 0.5, -3.0, 9.0)
+    np.testing.assert_array_equal(both.weight_scale, np.float32([2.0 / 127, 0.25 / 127]))
+    assert (found["idle"].activation_min, found["idle"].activation_max, found["idle"].weight_max) == (None, None, 0.5)
+    assert found["unweighted"].__dict__ == LayerCalibration().__dict__
+    assert list(calibrator.specs()) == ["both"]
+    per_tensor = Calibrator(weight_config=QuantConfig.int4())
+    per_tensor.record_layer("w", weight)
+    assert per_tensor.finish()["w"].weight_scale == np.float32(2.0 / 7)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_calibrator_answers_like_calibrate_model(method: str) -> None:
+    data = layers(2)
+    calibrator = Calibrator(QuantConfig.int8())
+    for i in range(3):
+        for name, batches in data.items():
+            calibrator.record_activations(name, batches[i])
+    assert calibrator.specs(method) == calibrate_model(data, QuantConfig.int8(), method)
+    assert calibrator.specs("percentile", percentile=50.0) == calibrate_model(
+        data, QuantConfig.int8(), "percentile", percentile=50.0
+    )
+
+
+def test_watched_layers_record_what_they_are_called_with() -> None:
+    rng = np.random.default_rng(7)
+    weight = rng.standard_normal((4, 6)).astype(np.float32)
+    layer = QuantizedLinear.from_float(weight)
+    calibrator = Calibrator()
+    watched = calibrator.watch("fc", layer)
+    x = rng.standard_normal((5, 6)).astype(np.float32)
+    np.testing.assert_array_equal(watched(x), layer(x))
+    out = np.empty((5, 4), np.float32)
+    assert watched(x, out=out) is out
+    assert watched.in_features == 6  # type: ignore[attr-defined]
+    found = calibrator.finish()["fc"]
+    assert (found.activation_min, found.activation_max) == (x.min(), x.max())
+    np.testing.assert_allclose(found.weight_scale, np.abs(weight).max(axis=1) / 127, rtol=1e-5)
+    calibrator.watch("plain", lambda x: x)(x)
+    assert calibrator.finish()["plain"].weight_min is None
+    assert pickle.loads(pickle.dumps(watched)).in_features == 6
+
+
+def test_calibrators_of_shards_merge_into_one() -> None:
+    data, weight = layers(2), np.float32([[1.0, -1.0]])
+    parts = []
+    for i in range(3):
+        part = Calibrator()
+        part.record_layer("layer0", weight)
+        for name, batches in data.items():
+            if (i, name) != (0, "layer1"):
+                part.record_activations(name, batches[i])
+        parts.append(pickle.loads(pickle.dumps(part)))
+    parts[0].record_activations("layer1", data["layer1"][0])
+    total = parts[2].merge(parts[0]).merge(parts[1])
+    assert total.specs("kl") == calibrate_model(data)
+    assert total.finish()["layer0"].weight_max == 1.0
+    other = Calibrator()
+    other.record_layer("layer0", weight * 2)
+    with pytest.raises(ValueError, match="not the same"):
+        total.merge(other)
+    with pytest.raises(ValueError, match="configs"):
+        total.merge(Calibrator(QuantConfig.int8()))
+
+
+def test_a_calibrator_skips_or_refuses_bad_values() -> None:
+    dirty = np.float32([1.0, np.inf])
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        Calibrator().record_activations("a", dirty)
+    skipping = Calibrator(nonfinite="skip")
+    skipping.record_activations("a", dirty)
+    assert skipping.finish()["a"].activation_max == 1.0
