@@ -4,7 +4,7 @@
  */
 #include "qn_gemm.h"
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && defined(__GNUC__)
 #include <cpuid.h>
 
 /* Which register files the operating system saves: a CPU flag alone is not enough (virtual machines, old kernels). */

@@ -19,7 +19,11 @@
 #include <math.h>
 #include <string.h>
 
+#if defined(__GNUC__)
 #define QN_INLINE static inline __attribute__((always_inline))
+#else
+#define QN_INLINE static inline
+#endif
 
 /* ---- activation functions: fixed sequences of + - * /, within 2^-22 * max(1, |x|) of the true value ---- */
 

@@ -498,7 +498,7 @@ class KLObserver(_HistogramObserver):
     A threshold clips the histogram; P is what is left with the tail folded into its last bin, Q what is left without
     the tail, merged into as many levels as there are codes (128 of abs(x) for symmetric int8, 8 for int4) and spread
     over each level's non-empty bins. The threshold with the least KL(P || Q) is taken, the widest where several have
-    it (to 1e-10); every edge of a bin is tried. Asymmetric codes (256 or 16 levels) have two thresholds, searched in
+    it; every edge of a bin is tried. Asymmetric codes (256 or 16 levels) have two thresholds, searched in
     turn until neither moves. The levels of float8 are as wide as its codes are apart.
 
     Exact zeros, which a ReLU makes in numbers that would drown the rest, have a code of their own whatever the scale

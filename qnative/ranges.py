@@ -24,9 +24,6 @@ __all__ = ["kl_range", "mean_std_range", "mse_range", "mse_range_of_rows", "perc
 BLOCK = 1 << 17
 #: Channels whose thresholds are searched at a time.
 ROWS = 32
-#: Divergences (in nats) no further apart than this are equal: far below what matters and far above rounding, which
-#: would otherwise choose between ranges that lose nothing.
-EQUAL = 1e-10
 #: The search for the least squared error, with one threshold and with a pair: steps an octave at first, and how often
 #: they are halved (to 0.3% of the threshold).
 COARSE_CELLS = {1: 16, 2: 2}
@@ -179,7 +176,7 @@ class _Divergence:
         """Return the least divergence and the last index that has it: the widest range, as callers go outwards."""
         step = max(BLOCK // self.levels, 1)
         values = np.concatenate([self(first[i : i + step], stop[i : i + step]) for i in range(0, len(first), step)])
-        best = int(np.flatnonzero(values <= values.min() + EQUAL)[-1])
+        best = len(values) - 1 - int(np.argmin(values[::-1]))
         return float(values[best]), best
 
     def search_high(self, first: int, zero: int) -> tuple[float, int]:
@@ -201,10 +198,10 @@ class _Divergence:
         while True:
             before = least
             value, end = self.search_high(first, zero)
-            if value < least - EQUAL:
+            if value < least:
                 least, stop = value, end
             value, end = self.search_low(stop, zero)
-            if value < least - EQUAL:
+            if value < least:
                 least, first = value, end
             if least == before:
                 return first, stop

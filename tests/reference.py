@@ -170,13 +170,13 @@ def qparams_from_range(
         levels = largest(dtype) if is_float8(dtype) else {8: 127, 4: 7}[8 if "8" in dtype else 4]
         scale = np.maximum(np.abs(low), np.abs(high)) / levels
     else:
-        scale = (high - low) / (quant_max - quant_min)
+        levels = quant_max - quant_min
+        scale = (high - low) / levels
     scale = np.where((low == 0) & (high == 0), 1.0, scale)
     stored = np.asarray(store_scale(np.asarray(scale), scale_dtype))
     # At the end of float32 a scale that was rounded up would decode the end code of a finite range to Inf.
-    span = levels if mode == "symmetric" else quant_max - quant_min
     with np.errstate(over="ignore"):
-        overflows = np.isinf(stored * np.float32(span)) & (scale * span <= float(np.finfo(np.float32).max))
+        overflows = np.isinf(stored * np.float32(levels)) & (scale * levels <= float(np.finfo(np.float32).max))
     stored = np.asarray(np.where(overflows, next_below(stored, scale_dtype), stored))
     if mode == "symmetric":
         return stored, np.full(stored.shape, middle(dtype), np.int64)

@@ -367,6 +367,15 @@ def test_only_floats_are_quantized(bad: Any) -> None:
             call(bad, 1.0)
 
 
+def test_groups_run_along_the_last_axis_by_default() -> None:
+    x = np.random.default_rng(0).standard_normal((3, 10)).astype(np.float32)
+    scale = np.random.default_rng(1).uniform(0.01, 0.1, (3, 3)).astype(np.float32)
+    codes = qn.quantize(x, scale, group_size=4)
+    ref.assert_same_bits(codes, ref.quantize(x, scale, axis=1, group_size=4))
+    ref.assert_same_bits(qn.dequantize(codes, scale, group_size=4), ref.dequantize(codes, scale, axis=1, group_size=4))
+    ref.assert_same_bits(qn.fake_quantize(x.tolist(), scale, group_size=4), qn.fake_quantize(x, scale, group_size=4))
+
+
 def test_only_codes_are_dequantized() -> None:
     for codes, dtype in ((np.ones(3, np.float32), "int8"), (np.ones(3, complex), "uint8"), (np.array(["1"]), "int8"),
                          (np.ones(3, np.float16), "float8_e5m2")):  # fmt: skip

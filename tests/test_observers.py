@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from qnative.config import ObserverMethod, QParams, QuantConfig, qparams_from_range
 from qnative.elementwise import fake_quantize, sqnr
 from qnative.observers import CalibrationCollector, MinMaxObserver, Observer, make_observer, observe_once
+from qnative.ranges import _HistogramError
 from qnative.streams import SIDE, Histogram
 from qnative.tensor import quantize_tensor
 
@@ -389,8 +390,9 @@ def test_percentile_is_within_a_bin_of_exact(percentile: float, seed: int, n: in
         np.testing.assert_allclose(actual, exact, rtol=1e-12, atol=width)
 
 
-def test_percentile_100_is_min_max() -> None:
-    x = gauss(1001)
+@pytest.mark.parametrize("seed", range(6))
+def test_percentile_100_is_min_max(seed: int) -> None:
+    x = gauss(1001, seed)
     observer = observed("percentile", x, percentile=100.0)
     assert observer.calibrated_range(UINT8) == (x.min(), x.max())
     assert observer.calibrated_range(INT8) == (-np.abs(x).max(), np.abs(x).max())
@@ -526,6 +528,13 @@ def test_kl_mistake_mass_spread_into_empty_bins() -> None:
     assert float(observer.calibrated_range(INT8)[1]) == np.abs(x).max(), "31 values fit 127 codes: nothing to clip"
 
 
+def test_kl_mistake_fewer_filled_bins_than_levels() -> None:
+    """Of a few hundred values most bins are empty; a threshold that keeps a handful of bins loses nothing, by KL."""
+    x = gauss(384)
+    assert quality(x, observed("kl", x).qparams(INT4)) > 14.0
+    assert quality(x, observed("kl", x).qparams(INT4.asymmetric())) > 14.0
+
+
 def test_kl_mistake_only_the_top_is_searched() -> None:
     low, high = observed("kl", gauss(200_000), np.float32([-40.0])).calibrated_range(UINT8)
     assert -8.0 < low < -3.0 and 3.0 < high < 8.0
@@ -596,6 +605,24 @@ def test_mse_is_as_good_as_a_brute_force_search_on_the_data(name: str, config: Q
     best = max(quality(x, qparams_from_range(*pair, config)) for pair in pairs)
     assert found > best - (0.1 if name != "few" else 0.5)
     assert found > quality(x, observed("min_max", x).qparams(config)) - 0.05
+
+
+@pytest.mark.parametrize("config", [INT8, UINT8, INT4, *FLOAT8], ids=str)
+def test_the_expected_error_is_that_of_values_spread_evenly_in_their_bins(config: QuantConfig) -> None:
+    """An outlier makes the bins as wide as the steps, so that how values lie within them matters."""
+    x = np.append(np.random.default_rng(19).standard_normal(3000) + 0.2, 300.0)
+    histogram = histogram_of(observed("mse", x))
+    line, width = histogram.signed(0), float(histogram.width[0])
+    occupied = np.flatnonzero(line)
+    points = ((occupied[:, None] - SIDE) + (np.arange(8192) + 0.5) / 8192) * width
+    error_of = _HistogramError(histogram, np.array([0]), config)
+    found, expected = [], []
+    for high in (1.0, 2.5, 4.0, 30.0):
+        q = qparams_from_range(-0.7 * high, high, config)
+        scale, zero = np.array([[q.scale]], np.float64), np.array([[q.zero_point]], np.float64)
+        found.append(float(error_of(scale, zero)[0, 0]) * width**2)
+        expected.append(float(np.sum(line[occupied] * np.mean((simulate(points, q) - points) ** 2, axis=1))))
+    np.testing.assert_allclose(np.diff(found), np.diff(expected), rtol=1e-4)
 
 
 @pytest.mark.parametrize("config", [INT8, UINT8, INT4], ids=str)

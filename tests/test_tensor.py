@@ -143,7 +143,7 @@ def test_take_decodes_only_those_rows(case: tuple[NDArray[Any], Any], data: st.D
         return
     shape = tuple(data.draw(st.lists(st.integers(0, 4), max_size=2)))
     count = math.prod(shape)
-    drawn = data.draw(st.lists(st.integers(0, len(x) - 1), min_size=count, max_size=count))
+    drawn = data.draw(st.lists(st.integers(-len(x), len(x) - 1), min_size=count, max_size=count))
     rows = np.array(drawn, np.int64).reshape(shape)
     ref.assert_same_bits(q.take(rows), q.dequantize()[rows], repr(config))
 
@@ -303,6 +303,22 @@ def test_the_constructor_checks_its_parts() -> None:
             with pytest.raises((ValueError, TypeError)):
                 print(config, wrong)  # which, if it is not refused
                 qn.QuantizedTensor(**{**good, **wrong})
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_the_constructor_refuses_codes_beyond_the_config(dtype: str) -> None:
+    """Kernels rely on symmetric codes having a negative counterpart."""
+    low = ref.RANGES[dtype][0]
+    codes = np.zeros((3, 20), np.int8)
+    for at in (0, 7, 19, 59):
+        bad = codes.copy()
+        bad.flat[at] = low
+        data = ref.pack4(bad, dtype) if dtype == "int4" else bad
+        parts = {"scale_data": np.array(1, np.float32), "zero_point": np.zeros((), np.int8), "shape": (3, 20)}
+        with pytest.raises(ValueError, match=str(low)):
+            qn.QuantizedTensor(data, dtype="float32", config=qn.QuantConfig(dtype), **parts)
+        kept = qn.QuantizedTensor(data, dtype="float32", config=qn.QuantConfig(dtype).asymmetric(), **parts)
+        ref.assert_same_bits(kept.codes, bad)
 
 
 @pytest.mark.parametrize(("dtype", "mode"), KINDS)
