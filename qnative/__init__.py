@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from qnative.config import QuantGranularity as QuantGranularity
     from qnative.config import QuantMode as QuantMode
     from qnative.config import qparams_from_range as qparams_from_range
+    from qnative.conversion import quantize_model as quantize_model
+    from qnative.conversion import quantize_named_parameters as quantize_named_parameters
     from qnative.elementwise import dequantize as dequantize
     from qnative.elementwise import fake_quantize as fake_quantize
     from qnative.elementwise import quantize as quantize
@@ -36,15 +38,13 @@ if TYPE_CHECKING:
     from qnative.linear import QuantizedLinear as QuantizedLinear
     from qnative.linear import quantize_bias as quantize_bias
     from qnative.model import QuantizedModel as QuantizedModel
-    from qnative.model import QuantStats as QuantStats
     from qnative.model import quantization_stats as quantization_stats
-    from qnative.model import quantize_model as quantize_model
-    from qnative.model import quantize_named_parameters as quantize_named_parameters
     from qnative.observers import CalibrationCollector as CalibrationCollector
     from qnative.observers import Observer as Observer
     from qnative.observers import make_observer as make_observer
     from qnative.report import LayerReport as LayerReport
     from qnative.report import compare as compare
+    from qnative.stats import QuantStats as QuantStats
     from qnative.tensor import QuantizedTensor as QuantizedTensor
     from qnative.tensor import dequantize_tensor as dequantize_tensor
     from qnative.tensor import quantize_tensor as quantize_tensor
@@ -73,15 +73,11 @@ _NAMES = {
     "files": ("FormatError",),
     "floats": ("decode", "encode"),
     "linear": ("QuantizedLinear", "quantize_bias"),
-    "model": (
-        "QuantStats",
-        "QuantizedModel",
-        "quantization_stats",
-        "quantize_model",
-        "quantize_named_parameters",
-    ),
+    "conversion": ("quantize_model", "quantize_named_parameters"),
+    "model": ("QuantizedModel", "quantization_stats"),
     "observers": ("CalibrationCollector", "Observer", "make_observer"),
     "report": ("LayerReport", "compare"),
+    "stats": ("QuantStats",),
     "tensor": (
         "QuantizedTensor",
         "dequantize_tensor",

@@ -194,7 +194,7 @@ class _Bar:
 
 def _quantize(options: Any) -> tuple[str, Any]:
     from qnative.config import QuantConfig, QuantGranularity, QuantMode
-    from qnative.model import quantize_model
+    from qnative.conversion import quantize_model
 
     granularity = options.granularity or ("per_group" if options.group_size is not None else "per_channel")
     group_size = options.group_size

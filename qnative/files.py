@@ -1,6 +1,6 @@
 """Containers on disk: safetensors and JSON files of named tensors, read without trust and written atomically.
 
-This module knows tensors, bytes and checksums; what the tensors mean is `qnative.model`'s business.
+This module knows tensors, bytes and checksums; what the tensors mean is `qnative.checkpoint`'s business.
 
 A file of qnative's own carries, beside its tensors, a *document*: a few named JSON values. In safetensors they are
 strings of ``__metadata__``, each under the prefix ``qnative_``; in JSON they are members of the one object:

@@ -13,8 +13,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from qnative import _core
 from qnative.config import QuantConfig
+from qnative.conversion import reporting
 from qnative.floats import decode
-from qnative.model import QuantizedModel, Source, layer_name, named_tensors, reporting, widen
+from qnative.model import QuantizedModel
+from qnative.selection import Source, layer_name, named_tensors, widen
 from qnative.tensor import QuantizedTensor, error_measures
 
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 import qnative as qn
 from qnative import files
-from qnative.model import LayerStats
+from qnative.stats import LayerStats
 
 INTEGERS = ("int8", "uint8", "int4", "uint4")
 FLOAT8 = ("float8_e4m3fn", "float8_e5m2")

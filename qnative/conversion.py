@@ -1,0 +1,331 @@
+"""From a float checkpoint to a quantized model, layer by layer."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qnative.checkpoint import Stored, Weight, linear_layer
+from qnative.config import QParams, QuantConfig
+from qnative.files import NamedTensor, dtype_code, to_storage
+from qnative.linear import ACTIVATION_FUNCTIONS
+from qnative.model import QuantizedModel
+from qnative.selection import (
+    FLOATS,
+    SUFFIX,
+    Patterns,
+    Rules,
+    Source,
+    layer_name,
+    logger,
+    matches,
+    named_tensors,
+    widen,
+)
+from qnative.tensor import QuantizedTensor, quantize_tensor
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
+__all__ = ["quantize_model", "quantize_named_parameters", "reporting"]
+
+
+def _quantize(name: str, array: NDArray[Any], code: str, config: QuantConfig) -> tuple[QuantizedTensor, float]:
+    """Quantize one stored weight; a function of its own so that any executor can run it."""
+    x = widen(array, code)
+    del array
+    try:
+        quantized = quantize_tensor(x, config)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    sqnr = quantized.sqnr(x)
+    if code == "BF16":
+        q = quantized
+        quantized = QuantizedTensor(q.data, q.scale_data, q.zero_point, q.shape, "bfloat16", q.config, check=False)
+    return quantized, sqnr
+
+
+def quantize_named_parameters(
+    params: Mapping[str, Any] | Iterable[tuple[str, Any]],
+    config: QuantConfig | None = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
+) -> dict[str, QuantizedTensor | NDArray[Any]]:
+    """Quantize the weights among named parameters, and leave the rest alone.
+
+    Parameters
+    ----------
+    params : mapping of str to array_like, or iterable of pairs
+        The parameters.
+    config : QuantConfig, optional
+        How; int8 per channel by default.
+    include : str or iterable of str, optional
+        fnmatch patterns of names to quantize although their name says embedding or norm (``*embed*``, ``wte``, ``wpe``,
+        ``*norm.*``). Only floating-point parameters of rank 2 and more are ever quantized.
+    exclude : str or iterable of str, optional
+        Patterns of names to leave alone; stronger than `include`.
+
+    Returns
+    -------
+    dict of str to QuantizedTensor or array
+        Under the same names, in the same order; what is left alone is the very object that was given.
+
+    Raises
+    ------
+    ValueError
+        If a weight holds NaN or infinity; the message names it.
+    """
+    config = _config(config)
+    rules = Rules(include, exclude)
+    found: dict[str, QuantizedTensor | NDArray[Any]] = {}
+    for name, given in params.items() if isinstance(params, Mapping) else params:
+        code = dtype_code(np.asarray(given).dtype)
+        if code and rules.kind(name, code, np.shape(given)):
+            found[name] = _quantize(name, *to_storage(given), config)[0]
+        else:
+            found[name] = given
+    rules.warn_unused()
+    return found
+
+
+def _config(config: QuantConfig | None) -> QuantConfig:
+    if config is None:
+        return QuantConfig.int8_per_channel()
+    if not isinstance(config, QuantConfig):
+        raise TypeError(f"config must be a QuantConfig, not {type(config).__name__}")
+    return config
+
+
+def quantize_model(
+    source: Source,
+    config: QuantConfig | None = None,
+    activations: str | QParams = "dynamic",
+    calibration: Mapping[str, Any] | Iterable[Any] | None = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    *,
+    activation: Mapping[str, str] | None = None,
+    config_json: str | Mapping[str, Any] | None = None,
+    executor: Executor | None = None,
+    progress: Callable[[int, int | None, str], Any] | bool | None = None,
+) -> QuantizedModel:
+    """Quantize a checkpoint, layer by layer: memory peaks at about one layer above the result.
+
+    Floating-point weights of rank 2 become linear layers, each with the bias that is named like it (``X.weight``,
+    ``X.bias``, in any order); those of higher rank become quantized tensors. Biases, norms and embeddings stay as they
+    are, in their own dtype; embeddings (names like ``*embed*``, ``wte``, ``wpe``) that `include` names become
+    quantized tensors, of which `take` decodes the rows that are looked up.
+
+    Parameters
+    ----------
+    source : mapping, iterable of pairs, or path-like
+        ``{name: array}``, ``(name, array)`` pairs, or a safetensors file, which is read one tensor at a time.
+    config : QuantConfig, optional
+        How weights are quantized; int8 per channel by default.
+    activations : str or QParams
+        ``"dynamic"``, ``"dynamic_symmetric"``, ``"float"``, or the parameters of a static input, for all linear layers.
+    calibration : mapping of str to QuantizationSpec or QParams, or iterable of QuantizationSpec, optional
+        Static inputs for the layers it names; the others take `activations`.
+    include, exclude : str or iterable of str, optional
+        fnmatch patterns of names (``X.weight`` or ``X``): quantize these too; leave these alone (the stronger).
+    activation : mapping of str to str, optional
+        Patterns of layers and the function fused into their output: ``"relu"``, ``"gelu"``, ``"gelu_tanh"``,
+        ``"silu"``. The first pattern that matches counts.
+    config_json : str or mapping, optional
+        The model's own configuration, kept with it.
+    executor : concurrent.futures.Executor, optional
+        Where weights are quantized: any executor, of threads, processes or machines. The result is the same.
+    progress : callable or bool, optional
+        Called with (done, total, name) after each tensor; total is None for an iterable of pairs. True: a tqdm bar.
+
+    Returns
+    -------
+    QuantizedModel
+
+    Raises
+    ------
+    ValueError
+        If a weight holds NaN or infinity, a bias does not fit its weight, or `calibration` or `activation` names a
+        layer that does not exist.
+    FormatError
+        If the file is damaged.
+    ImportError
+        For ``progress=True`` without tqdm.
+    """
+    config = _config(config)
+    rules = Rules(include, exclude)
+    inputs = _calibrated(calibration)
+    fused = _fused(activation)
+    from_file = isinstance(source, (str, os.PathLike))
+    kinds: dict[str, str] = {}
+    quantized: dict[str, tuple[QuantizedTensor, float]] = {}
+    untouched: dict[str, Stored] = {}
+    with named_tensors(source) as (tensors, total), reporting(progress, total) as report:
+        done = 0
+
+        def finish(name: str, result: tuple[QuantizedTensor, float] | None) -> None:
+            nonlocal done
+            if result is not None:
+                quantized[layer_name(name)] = result
+            done += 1
+            report(done, name)
+
+        queue = _Queue(executor, finish)
+        for tensor in tensors:
+            name, kind = tensor.name, rules.kind(tensor.name, tensor.dtype, tensor.shape)
+            if name in untouched or layer_name(name) in kinds:
+                raise ValueError(f"{name!r}: two parameters of one layer name; rename one, or exclude it")
+            if kind is not None:
+                kinds[layer_name(name)] = kind
+                queue.put(tensor, config)
+            else:
+                untouched[name] = Stored(tensor.load() if from_file else tensor.load().copy(), tensor.dtype)
+                queue.skip(name)
+            del tensor
+        queue.drain()
+    rules.warn_unused()
+    if not kinds:
+        logger().warning("nothing was quantized: no floating-point parameter of rank 2 or more is left by the rules")
+
+    weights: dict[str, Weight] = {}
+    for name, kind in kinds.items():
+        result, sqnr = quantized.pop(name)
+        if kind == "tensor":
+            weights[name] = Weight(name, kind, result, sqnr)
+            continue
+        bias = untouched.pop(f"{name}.bias", None)
+        if bias is not None and (bias.code not in FLOATS or bias.array.shape != result.shape[:1]):
+            raise ValueError(
+                f"{name}: its bias is {bias.code} of shape {bias.array.shape}, and a weight of shape {result.shape} "
+                f"(out_features, in_features) needs floats of shape {result.shape[:1]}; transpose the weight, "
+                f"or exclude {name!r}"
+            )
+        weights[name] = linear_layer(
+            name, result, sqnr, bias=bias, activations=inputs.pop(name, activations), activation=fused(name)
+        )
+    fused(None)
+    if inputs:
+        raise ValueError(f"calibration names {next(iter(inputs))!r}, which is no linear layer of this model")
+    return QuantizedModel.of(weights, untouched, config_json)
+
+
+def _calibrated(calibration: Mapping[str, Any] | Iterable[Any] | None) -> dict[str, QParams]:
+    """Return the input parameters by layer."""
+    pairs = calibration.items() if isinstance(calibration, Mapping) else _named_specs(calibration or ())
+    found: dict[str, QParams] = {}
+    for name, spec in pairs:
+        qparams = spec if isinstance(spec, QParams) else getattr(spec, "qparams", None)
+        if not isinstance(qparams, QParams):
+            raise TypeError(f"calibration of {name!r} must be a QuantizationSpec or QParams, not {type(spec).__name__}")
+        if layer_name(name) in found:
+            raise ValueError(f"calibration names {layer_name(name)!r} twice")
+        found[layer_name(name)] = qparams
+    return found
+
+
+def _named_specs(specs: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    for spec in specs:
+        name = getattr(spec, "name", None)
+        if not isinstance(name, str):
+            raise TypeError(f"calibration must be QuantizationSpecs or a mapping by name, not {type(spec).__name__}")
+        yield name, spec
+
+
+def _fused(activation: Mapping[str, str] | None) -> Callable[[str | None], str | None]:
+    """Return a look-up of a layer's fused activation; called with None, it refuses patterns that matched nothing."""
+    table = dict(activation or {})
+    unused = dict.fromkeys(table)
+    for pattern, function in table.items():
+        if function not in ACTIVATION_FUNCTIONS:
+            raise ValueError(f"activation {function!r} for {pattern!r} is not one of {', '.join(ACTIVATION_FUNCTIONS)}")
+
+    def find(name: str | None) -> str | None:
+        if name is None:
+            if unused:
+                raise ValueError(f"activation pattern {next(iter(unused))!r} matches no linear layer of this model")
+            return None
+        hits = [pattern for pattern in table if matches(name, pattern) or fnmatch.fnmatchcase(name + SUFFIX, pattern)]
+        for pattern in hits:
+            unused.pop(pattern, None)
+        return table[hits[0]] if hits else None
+
+    return find
+
+
+class _Queue:
+    """Quantizes weights in order: at once, or on an executor with a few in flight, so that memory stays bounded."""
+
+    def __init__(
+        self, executor: Executor | None, finish: Callable[[str, tuple[QuantizedTensor, float] | None], None]
+    ) -> None:
+        import collections
+
+        self._executor = executor
+        self._finish = finish
+        self._pending: collections.deque[tuple[str, Any]] = collections.deque()
+        workers = getattr(executor, "_max_workers", None)
+        self._window = 1 + (workers if isinstance(workers, int) else os.cpu_count() or 1)
+
+    def put(self, tensor: NamedTensor, config: QuantConfig) -> None:
+        if self._executor is None:
+            self._finish(tensor.name, _quantize(tensor.name, tensor.load(), tensor.dtype, config))
+            return
+        while len(self._pending) >= self._window:
+            self._next()
+        try:
+            future = self._executor.submit(_quantize, tensor.name, tensor.load(), tensor.dtype, config)
+        except BaseException:
+            self._cancel()
+            raise
+        self._pending.append((tensor.name, future))
+
+    def skip(self, name: str) -> None:
+        self._finish(name, None)
+
+    def drain(self) -> None:
+        while self._pending:
+            self._next()
+
+    def _next(self) -> None:
+        name, future = self._pending.popleft()
+        try:
+            result = future.result()
+        except BaseException:
+            self._cancel()
+            raise
+        self._finish(name, result)
+
+    def _cancel(self) -> None:
+        for _, future in self._pending:
+            future.cancel()
+
+
+@contextlib.contextmanager
+def reporting(progress: Any, total: int | None) -> Iterator[Callable[[int, str], None]]:
+    """Give a function that reports (done, name)."""
+    if progress is None or progress is False:
+        yield lambda done, name: None
+    elif progress is True:
+        try:
+            from tqdm import tqdm  # type: ignore[import-untyped]
+        except ImportError:
+            raise ImportError(
+                "progress=True needs tqdm: pip install 'qnative[progress]', or pass a function of (done, total, name)"
+            ) from None
+        with tqdm(total=total, unit="tensor") as bar:
+
+            def show(done: int, name: str) -> None:
+                bar.set_postfix_str(name, refresh=False)
+                bar.update(done - bar.n)
+
+            yield show
+    elif callable(progress):
+        yield lambda done, name: progress(done, total, name)
+    else:
+        raise TypeError(f"progress must be True or a function of (done, total, name), not {type(progress).__name__}")
