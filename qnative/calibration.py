@@ -6,14 +6,12 @@
 
 from __future__ import annotations
 
-import collections
-import contextlib
 import functools
 import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -23,6 +21,7 @@ from qnative.elementwise import fake_quantize
 from qnative.floats import as_float_array
 from qnative.granularity import block_min_max
 from qnative.observers import CalibrationCollector, Observer, make_observer, observe_once
+from qnative.work import Progress, map_ordered, reporting
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -38,65 +37,6 @@ __all__ = [
 
 #: Activations as the layers take them: one scale, the zero point where the data puts it.
 ACTIVATIONS = QuantConfig("uint8", mode="asymmetric")  # type: ignore[arg-type]
-
-#: What is called with (done, total, name) on long work; True: a tqdm bar.
-Progress: TypeAlias = "Callable[[int, int | None, str], Any] | bool | None"
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-
-# Long work
-
-
-def map_ordered(
-    executor: Executor | None, function: Callable[[Item], Result], items: Iterable[Item], in_flight: int | None = None
-) -> Iterator[Result]:
-    """Yield ``function(item)`` in the order of the items, with a bounded number submitted ahead.
-
-    At an error, and at Ctrl-C, what has not begun is cancelled.
-    """
-    if executor is None:
-        yield from map(function, items)
-        return
-    if in_flight is None:
-        workers = getattr(executor, "_max_workers", None)
-        in_flight = 2 * workers if isinstance(workers, int) else 64
-    pending: collections.deque[Any] = collections.deque()
-    try:
-        for item in items:
-            if len(pending) >= in_flight:
-                yield pending.popleft().result()
-            pending.append(executor.submit(function, item))
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        for future in pending:
-            future.cancel()
-
-
-@contextlib.contextmanager
-def reporting(progress: Progress, total: int | None, unit: str) -> Iterator[Callable[[int, str], None]]:
-    """Give a function to call with (done, name), which tells `progress`."""
-    if progress is None or progress is False:
-        yield lambda done, name: None
-    elif progress is True:
-        try:
-            from tqdm import tqdm  # type: ignore[import-untyped]
-        except ImportError:
-            raise ImportError(
-                "progress=True needs tqdm: pip install 'qnative[progress]', or pass a function of (done, total, name)"
-            ) from None
-        with tqdm(total=total, unit=unit) as bar:
-
-            def show(done: int, name: str) -> None:
-                bar.set_postfix_str(name, refresh=False)
-                bar.update(done - bar.n)
-
-            yield show
-    elif callable(progress):
-        yield lambda done, name: progress(done, total, name)
-    else:
-        raise TypeError(f"progress must be True or a function of (done, total, name), not {type(progress).__name__}")
 
 
 # Data

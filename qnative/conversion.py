@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qnative.checkpoint import Stored, Weight, linear_layer
 from qnative.config import QParams, QuantConfig
-from qnative.files import NamedTensor, dtype_code, to_storage
+from qnative.files import dtype_code, to_storage
 from qnative.linear import ACTIVATION_FUNCTIONS
 from qnative.model import QuantizedModel
 from qnative.selection import (
@@ -29,11 +28,12 @@ from qnative.selection import (
     widen,
 )
 from qnative.tensor import QuantizedTensor, quantize_tensor
+from qnative.work import Progress, map_ordered, reporting
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
-__all__ = ["quantize_model", "quantize_named_parameters", "reporting"]
+__all__ = ["quantize_model", "quantize_named_parameters"]
 
 
 def _quantize(name: str, array: NDArray[Any], code: str, config: QuantConfig) -> tuple[QuantizedTensor, float]:
@@ -49,6 +49,14 @@ def _quantize(name: str, array: NDArray[Any], code: str, config: QuantConfig) ->
         q = quantized
         quantized = QuantizedTensor(q.data, q.scale_data, q.zero_point, q.shape, "bfloat16", q.config, check=False)
     return quantized, sqnr
+
+
+#: A weight to quantize: name, array as stored, safetensors' code of its dtype, config.
+_Job: TypeAlias = "tuple[str, NDArray[Any], str, QuantConfig]"
+
+
+def _quantize_job(job: _Job) -> tuple[str, tuple[QuantizedTensor, float]]:
+    return job[0], _quantize(*job)
 
 
 def quantize_named_parameters(
@@ -113,7 +121,7 @@ def quantize_model(
     activation: Mapping[str, str] | None = None,
     config_json: str | Mapping[str, Any] | None = None,
     executor: Executor | None = None,
-    progress: Callable[[int, int | None, str], Any] | bool | None = None,
+    progress: Progress = None,
 ) -> QuantizedModel:
     """Quantize a checkpoint, layer by layer: memory peaks at about one layer above the result.
 
@@ -166,29 +174,33 @@ def quantize_model(
     kinds: dict[str, str] = {}
     quantized: dict[str, tuple[QuantizedTensor, float]] = {}
     untouched: dict[str, Stored] = {}
-    with named_tensors(source) as (tensors, total), reporting(progress, total) as report:
+    with named_tensors(source) as (tensors, total), reporting(progress, total, "tensor") as report:
         done = 0
 
-        def finish(name: str, result: tuple[QuantizedTensor, float] | None) -> None:
+        def tell(name: str) -> None:
             nonlocal done
-            if result is not None:
-                quantized[layer_name(name)] = result
             done += 1
             report(done, name)
 
-        queue = _Queue(executor, finish)
-        for tensor in tensors:
-            name, kind = tensor.name, rules.kind(tensor.name, tensor.dtype, tensor.shape)
-            if name in untouched or layer_name(name) in kinds:
-                raise ValueError(f"{name!r}: two parameters of one layer name; rename one, or exclude it")
-            if kind is not None:
-                kinds[layer_name(name)] = kind
-                queue.put(tensor, config)
-            else:
-                untouched[name] = Stored(tensor.load() if from_file else tensor.load().copy(), tensor.dtype)
-                queue.skip(name)
-            del tensor
-        queue.drain()
+        def weights_to_quantize() -> Iterator[_Job]:
+            """Give the weights, each loaded when its turn comes, and keep everything else on the way."""
+            for tensor in tensors:
+                name, kind = tensor.name, rules.kind(tensor.name, tensor.dtype, tensor.shape)
+                if name in untouched or layer_name(name) in kinds:
+                    raise ValueError(f"{name!r}: two parameters of one layer name; rename one, or exclude it")
+                if kind is not None:
+                    kinds[layer_name(name)] = kind
+                    yield name, tensor.load(), tensor.dtype, config
+                else:
+                    untouched[name] = Stored(tensor.load() if from_file else tensor.load().copy(), tensor.dtype)
+                    tell(name)
+                del tensor
+
+        # Where the workers are not known (a cluster), no more whole weights are in flight than there would be locally.
+        in_flight = None if hasattr(executor, "_max_workers") else 1 + (os.cpu_count() or 1)
+        for name, tensor_and_sqnr in map_ordered(executor, _quantize_job, weights_to_quantize(), in_flight):
+            quantized[layer_name(name)] = tensor_and_sqnr
+            tell(name)
     rules.warn_unused()
     if not kinds:
         logger().warning("nothing was quantized: no floating-point parameter of rank 2 or more is left by the rules")
@@ -256,76 +268,3 @@ def _fused(activation: Mapping[str, str] | None) -> Callable[[str | None], str |
         return table[hits[0]] if hits else None
 
     return find
-
-
-class _Queue:
-    """Quantizes weights in order: at once, or on an executor with a few in flight, so that memory stays bounded."""
-
-    def __init__(
-        self, executor: Executor | None, finish: Callable[[str, tuple[QuantizedTensor, float] | None], None]
-    ) -> None:
-        import collections
-
-        self._executor = executor
-        self._finish = finish
-        self._pending: collections.deque[tuple[str, Any]] = collections.deque()
-        workers = getattr(executor, "_max_workers", None)
-        self._window = 1 + (workers if isinstance(workers, int) else os.cpu_count() or 1)
-
-    def put(self, tensor: NamedTensor, config: QuantConfig) -> None:
-        if self._executor is None:
-            self._finish(tensor.name, _quantize(tensor.name, tensor.load(), tensor.dtype, config))
-            return
-        while len(self._pending) >= self._window:
-            self._next()
-        try:
-            future = self._executor.submit(_quantize, tensor.name, tensor.load(), tensor.dtype, config)
-        except BaseException:
-            self._cancel()
-            raise
-        self._pending.append((tensor.name, future))
-
-    def skip(self, name: str) -> None:
-        self._finish(name, None)
-
-    def drain(self) -> None:
-        while self._pending:
-            self._next()
-
-    def _next(self) -> None:
-        name, future = self._pending.popleft()
-        try:
-            result = future.result()
-        except BaseException:
-            self._cancel()
-            raise
-        self._finish(name, result)
-
-    def _cancel(self) -> None:
-        for _, future in self._pending:
-            future.cancel()
-
-
-@contextlib.contextmanager
-def reporting(progress: Any, total: int | None) -> Iterator[Callable[[int, str], None]]:
-    """Give a function that reports (done, name)."""
-    if progress is None or progress is False:
-        yield lambda done, name: None
-    elif progress is True:
-        try:
-            from tqdm import tqdm  # type: ignore[import-untyped]
-        except ImportError:
-            raise ImportError(
-                "progress=True needs tqdm: pip install 'qnative[progress]', or pass a function of (done, total, name)"
-            ) from None
-        with tqdm(total=total, unit="tensor") as bar:
-
-            def show(done: int, name: str) -> None:
-                bar.set_postfix_str(name, refresh=False)
-                bar.update(done - bar.n)
-
-            yield show
-    elif callable(progress):
-        yield lambda done, name: progress(done, total, name)
-    else:
-        raise TypeError(f"progress must be True or a function of (done, total, name), not {type(progress).__name__}")

@@ -13,11 +13,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from qnative import _core
 from qnative.config import QuantConfig
-from qnative.conversion import reporting
 from qnative.floats import decode
 from qnative.model import QuantizedModel
 from qnative.selection import Source, layer_name, named_tensors, widen
 from qnative.tensor import QuantizedTensor, error_measures
+from qnative.work import reporting
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -167,7 +167,7 @@ def compare(
         find = quantized.__getitem__
         names = [name for name, value in quantized.items() if isinstance(value, QuantizedTensor)]
     found: dict[str, LayerReport | None] = dict.fromkeys(names)
-    with named_tensors(source) as (tensors, total), reporting(progress, total) as report_progress:
+    with named_tensors(source) as (tensors, total), reporting(progress, total, "tensor") as report_progress:
         for done, tensor in enumerate(tensors, 1):
             name = tensor.name if tensor.name in found else layer_name(tensor.name)
             if name in found:

@@ -76,25 +76,28 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 Guarded = Callable[..., NDArray[Any]]
 
 
-@pytest.fixture(scope="session")
-def guarded() -> Guarded:
-    """`guarded(shape, dtype, at="end")`: poisoned memory that ends (or begins) exactly at a page nobody may touch."""
-    if os.name != "posix":
-        pytest.skip("needs mprotect")
+def guarded_memory(shape: tuple[int, ...], dtype: Any, at: str = "end") -> NDArray[Any]:
+    """Poisoned memory that ends (or begins) exactly at a page that nobody may touch."""
     mprotect = ctypes.CDLL(None, use_errno=True).mprotect
     mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    dtype, page = np.dtype(dtype), mmap.PAGESIZE
+    size = math.prod(shape) * dtype.itemsize
+    body = max(-(-size // page), 1) * page
+    memory = mmap.mmap(-1, body + 2 * page)
+    memory[:] = b"\xa5" * len(memory)
+    base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for start in (base, base + page + body):
+        if mprotect(start, page, 0):
+            raise OSError(ctypes.get_errno(), "mprotect failed")
+    offset = page + (body - size if at == "end" else 0)
+    return np.frombuffer(memory, dtype, math.prod(shape), offset).reshape(shape)
 
-    def make(shape: tuple[int, ...], dtype: Any, at: str = "end") -> NDArray[Any]:
-        dtype, page = np.dtype(dtype), mmap.PAGESIZE
-        size = math.prod(shape) * dtype.itemsize
-        body = max(-(-size // page), 1) * page
-        memory = mmap.mmap(-1, body + 2 * page)
-        memory[:] = b"\xa5" * len(memory)
-        base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        for start in (base, base + page + body):
-            if mprotect(start, page, 0):
-                raise OSError(ctypes.get_errno(), "mprotect failed")
-        offset = page + (body - size if at == "end" else 0)
-        return np.frombuffer(memory, dtype, math.prod(shape), offset).reshape(shape)
 
-    return make
+@pytest.fixture(scope="session")
+def guarded() -> Guarded:
+    """`guarded(shape, dtype, at="end")`: `guarded_memory` where the system has it, else plain poisoned memory."""
+    if os.name == "posix":
+        return guarded_memory
+    return lambda shape, dtype, at="end": np.frombuffer(
+        bytearray(b"\xa5" * (math.prod(shape) * np.dtype(dtype).itemsize)), dtype
+    ).reshape(shape)

@@ -21,13 +21,13 @@ from qnative.calibration import (
     QuantizationSpec,
     calibrate_layer,
     calibrate_model,
-    map_ordered,
 )
 from qnative.config import ObserverMethod, QParams, QuantConfig, qparams_from_range
 from qnative.elementwise import fake_quantize
 from qnative.linear import QuantizedLinear
 from qnative.observers import make_observer
 from qnative.tensor import quantize_tensor
+from qnative.work import map_ordered
 
 METHODS = [m.value for m in ObserverMethod]
 UINT8 = QuantConfig("uint8", "asymmetric")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from fractions import Fraction
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -15,6 +18,7 @@ from conftest import Guarded
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from test_elementwise import lay_out
 
 import qnative as qn
 from qnative import _core
@@ -161,8 +165,6 @@ STATICS = [
 
 def test_fused_multiply_add_of_the_reference() -> None:
     """Against exact rational arithmetic, where double rounding, cancellation and subnormals decide."""
-    from fractions import Fraction
-
     rng = np.random.default_rng(0)
     a, b = (rng.integers(0, 2**32, 6000, np.uint32).view(np.float32) for _ in range(2))
     with np.errstate(all="ignore"):
@@ -185,18 +187,18 @@ def test_fused_multiply_add_of_the_reference() -> None:
                     assert error < other or (error == other and even), (x, y, z, g)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs mprotect")
+@pytest.mark.skipif(os.name != "posix", reason="needs mprotect")
 @pytest.mark.parametrize("at", ["end", "start"])
 def test_guarded_memory_is_guarded(at: str) -> None:
     """Reading one byte too far dies, so passing the tests below means something."""
     script = (
         "import conftest, ctypes\n"
-        f"a = conftest.guarded.__wrapped__()((3, 5), 'f4', at={at!r})\n"
+        f"a = conftest.guarded_memory((3, 5), 'f4', at={at!r})\n"
         "a[:] = 1; print('alive', flush=True)\n"
         f"ctypes.string_at(a.ctypes.data + ({at!r} == 'end') * a.nbytes - ({at!r} != 'end'), 1); print('not reached')\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=__file__.rpartition("/")[0]
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
     )
     assert done.stdout.split() == ["alive"], done.stderr
     assert done.returncode < 0
@@ -235,8 +237,6 @@ def test_an_unusable_kernel_cannot_be_forced(name: str) -> None:
 
 
 def environment(**extra: str) -> dict[str, str]:
-    import os
-
     return {**os.environ, **extra}
 
 
@@ -642,6 +642,11 @@ def hard_rows(k: int) -> NDArray[np.float32]:
         np.where(np.arange(k) == k - 1, 100.0, 1e-3), np.where(np.arange(k) == 0, -100.0, 1e-3),
         np.where(np.arange(k) % 2 == 0, top, -top), rng.integers(-255, 256, k) / 2.0, np.full(k, -0.0),
     ]  # fmt: skip
+    for low in (0.5, 1.5, 2.5, 126.5, 253.5, 254.5):  # a scale of 1, a zero point on a tie, and values on ties
+        rows_.append(np.concatenate([[-low, 255.0 - low], rng.integers(0, 256, k) - low])[:k])
+    for top in (127.0, 448.0, 57344.0):  # likewise for symmetric rows and float8
+        ties = rng.integers(-64, 64, k) * 2.0 ** rng.integers(-12, 3, k)
+        rows_.append(np.concatenate([[-top], rng.integers(-127, 127, k) + 0.5 if top == 127 else ties])[:k])
     return np.array(rows_).astype(np.float32)
 
 
@@ -790,8 +795,6 @@ FORM_KINDS: dict[str, tuple[Spec, Any]] = {
 
 @pytest.mark.parametrize("kind", FORM_KINDS)
 def test_any_memory_layout(kind: str) -> None:
-    from test_elementwise import lay_out
-
     spec, activations = FORM_KINDS[kind]
     tensor, w = weights(spec, 11, 37)
     layer = qn.QuantizedLinear.from_tensor(tensor, bias_of(11), activations=activations)

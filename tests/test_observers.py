@@ -246,7 +246,14 @@ def test_memory_layout_does_not_matter(x: NDArray[np.float32]) -> None:
     plain = observed("kl", x)
     read_only = x.copy()
     read_only.flags.writeable = False
-    for same in (np.asfortranarray(x), x[..., ::-1], x.astype(">f4"), read_only, np.repeat(x, 2, axis=-1)[..., ::2]):
+    for same in (
+        x.reshape(-1),
+        np.asfortranarray(x),
+        x[..., ::-1],
+        x.astype(">f4"),
+        read_only,
+        np.repeat(x, 2, axis=-1)[..., ::2],
+    ):
         assert_same_state(plain, observed("kl", same))
 
 
@@ -830,6 +837,14 @@ def test_a_spoilt_state_is_refused_and_changes_nothing(spoil: Any) -> None:
     with pytest.raises(ValueError):
         observer.load_state_dict(state)
     assert pickle.dumps(observer.state_dict()) == before
+
+
+def test_a_range_that_is_no_range_is_not_loaded() -> None:
+    for low, high in ((np.nan, 1.0), (1.0, np.nan), (2.0, 1.0)):
+        state = observed("min_max", [0.0, 1.0]).state_dict()
+        state.update(low=np.array([low]), high=np.array([high]))
+        with pytest.raises(ValueError, match="do not belong together"):
+            make_observer("min_max").load_state_dict(state)
 
 
 def test_merging_what_does_not_belong_together_is_refused() -> None:
