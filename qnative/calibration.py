@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 #: Activations as the layers take them: one scale, the zero point where the data puts it.
-ACTIVATIONS = QuantConfig("uint8", mode="asymmetric")  # type: ignore[arg-type]
+ACTIVATIONS = QuantConfig("uint8", mode="asymmetric")
 
 
 # Data

@@ -10,7 +10,7 @@ import dataclasses
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -191,6 +191,18 @@ class QuantConfig:
     axis: int | None = None
     group_size: int | None = None
     scale_dtype: str = "float32"
+
+    if TYPE_CHECKING:  # what it takes; the fields are what it holds
+
+        def __init__(
+            self,
+            dtype: str = "int8",
+            mode: QuantMode | str = QuantMode.SYMMETRIC,
+            granularity: QuantGranularity | str = QuantGranularity.PER_TENSOR,
+            axis: int | None = None,
+            group_size: int | None = None,
+            scale_dtype: str = "float32",
+        ) -> None: ...
 
     def __post_init__(self) -> None:
         def put(name: str, value: object) -> None:
@@ -424,6 +436,19 @@ class QParams:
     axis: int | None = None
     group_size: int | None = None
 
+    if TYPE_CHECKING:  # what it takes; the fields are what it holds
+
+        def __init__(
+            self,
+            scale: ArrayLike,
+            zero_point: ArrayLike = 0,
+            dtype: str = "int8",
+            quant_min: float | None = None,
+            quant_max: float | None = None,
+            axis: int | None = None,
+            group_size: int | None = None,
+        ) -> None: ...
+
     def __post_init__(self) -> None:
         info = code_dtype(self.dtype)
         scale = check_scale(self.scale)
@@ -616,7 +641,7 @@ def qparams_from_range(min_val: ArrayLike, max_val: ArrayLike, config: QuantConf
         zero_point = np.clip(raw, config.quant_min, config.quant_max).astype(np.int32)
     return QParams(
         stored,
-        zero_point,  # type: ignore[arg-type]
+        zero_point,
         config.dtype,
         config.quant_min,
         config.quant_max,
