@@ -28,6 +28,7 @@ else:
         "-ffp-contract=off",  # a product and a sum are two roundings on every machine unless fma is written out
         "-fno-math-errno",  # these two drop error flags, not values; without them rounding loops stay scalar
         "-fno-trapping-math",
+        "-g0",  # Python's own flags ask for debug information, which is most of a wheel
     ]
     if platform.machine() in ("x86_64", "AMD64"):
         compile_args.append("-march=x86-64-v2")  # the floor every wheel runs on; faster kernels are chosen at import

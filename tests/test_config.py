@@ -338,9 +338,7 @@ def finite(magnitude: float) -> st.SearchStrategy[float]:
     mode=st.sampled_from(MODES),
     scale_dtype=st.sampled_from(["float32", "bfloat16"]),
 )
-def test_any_range_agrees_with_the_reference(
-    ends: list[float], dtype: str, mode: str, scale_dtype: str
-) -> None:
+def test_any_range_agrees_with_the_reference(ends: list[float], dtype: str, mode: str, scale_dtype: str) -> None:
     assume(not (dtype in FLOAT8 and mode == "asymmetric"))
     config = QuantConfig(dtype, mode, scale_dtype=scale_dtype)
     qp = qparams_from_range(*ends, config)

@@ -11,17 +11,58 @@ import qnative as qn
 
 TABLE = Path(__file__).parent.parent / "docs" / "names.md"
 
-PRIOR = """
-QuantBits QuantMode QuantGranularity QuantConfig QatConfig FakeQuantConfig ObserverMethod CalibMethod QuantObserver
-CalibrationCollector CalibrationCollector.min_max_scale CalibrationCollector.percentile_scale
-CalibrationCollector.kl_divergence_scale Calibrator LayerCalibration CalibrationDataset QuantizationSpec FakeQuantize
-FakeQuantize.enable_calibration FakeQuantize.disable_calibration QatLayer QatLayer.calibrate_from_data
-QatLayer.forward_train QatLayer.forward_infer QuantizedTensor QuantizedTensor.scales QuantizedTensor.zero_points
-QuantizedTensor.size_bytes QuantizedLinear QuantizedLinear.from_linear QuantizedLinear.weight_scale
-QuantizedLinear.input_scale QuantizedLinear.output_scale QuantizedLinear.bias_q QuantizedWeights QuantizedModel QuantStats
-quantize_tensor dequantize_tensor quantize_int8 quantize_int4 quantize_fp8 quantize_model_weights dequantize_weights
-quantize_named_parameters quantization_stats calibrate_layer calibrate_model fp32_to_fp16_bits fp16_bits_to_fp32
-""".split()
+PRIOR = [
+    "QuantBits",
+    "QuantMode",
+    "QuantGranularity",
+    "QuantConfig",
+    "QatConfig",
+    "FakeQuantConfig",
+    "ObserverMethod",
+    "CalibMethod",
+    "QuantObserver",
+    "CalibrationCollector",
+    "CalibrationCollector.min_max_scale",
+    "CalibrationCollector.percentile_scale",
+    "CalibrationCollector.kl_divergence_scale",
+    "Calibrator",
+    "LayerCalibration",
+    "CalibrationDataset",
+    "QuantizationSpec",
+    "FakeQuantize",
+    "FakeQuantize.enable_calibration",
+    "FakeQuantize.disable_calibration",
+    "QatLayer",
+    "QatLayer.calibrate_from_data",
+    "QatLayer.forward_train",
+    "QatLayer.forward_infer",
+    "QuantizedTensor",
+    "QuantizedTensor.scales",
+    "QuantizedTensor.zero_points",
+    "QuantizedTensor.size_bytes",
+    "QuantizedLinear",
+    "QuantizedLinear.from_linear",
+    "QuantizedLinear.weight_scale",
+    "QuantizedLinear.input_scale",
+    "QuantizedLinear.output_scale",
+    "QuantizedLinear.bias_q",
+    "QuantizedWeights",
+    "QuantizedModel",
+    "QuantStats",
+    "quantize_tensor",
+    "dequantize_tensor",
+    "quantize_int8",
+    "quantize_int4",
+    "quantize_fp8",
+    "quantize_model_weights",
+    "dequantize_weights",
+    "quantize_named_parameters",
+    "quantization_stats",
+    "calibrate_layer",
+    "calibrate_model",
+    "fp32_to_fp16_bits",
+    "fp16_bits_to_fp32",
+]
 
 ROWS = [
     [cell.strip() for cell in line.strip("|").split("|")]
