@@ -490,6 +490,10 @@ def test_every_executor_gives_the_same_bytes(tmp_path: Path) -> None:
         model.save(tmp_path / "m.safetensors")
         assert (tmp_path / "m.safetensors").read_bytes() == (tmp_path / "serial.safetensors").read_bytes()
     assert 1 < inline.most <= 1 + (os.cpu_count() or 1), "a few in flight, so that memory stays bounded"
+    inline = Inline()
+    inline._max_workers = 3  # type: ignore[attr-defined]  # as pools that know their size have it
+    qn.quantize_model(params, executor=inline)
+    assert inline.most == 4
 
 
 def test_process_pool(tmp_path: Path) -> None:
