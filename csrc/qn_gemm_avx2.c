@@ -73,6 +73,8 @@ QN_INLINE void multiply_step(const int R, __m256i sum[][2], const uint8_t *a, in
         __m256i x = broadcast_step(a + r * a_stride);
         sum[r][0] = _mm256_add_epi32(sum[r][0], _mm256_madd_epi16(x, first_four));
         sum[r][1] = _mm256_add_epi32(sum[r][1], _mm256_madd_epi16(x, last_four));
+        /* Finish a row before the next: left to itself gcc starts all products first and spills the sums to the stack. */
+        __asm__ volatile("" : "+x"(sum[r][0]), "+x"(sum[r][1]));
     }
 }
 
@@ -130,7 +132,9 @@ static void tile_int4(int rows, int panels, int64_t k, const uint8_t *a, int64_t
 /* R rows by one panel: 2 R accumulators, carried in acc from call to call. */
 QN_INLINE void tile_float_rows(const int R, int64_t k, const uint8_t *a, int64_t a_stride, const float *b, float *acc) {
     __m256 sum[6][2];
+#pragma GCC unroll 6
     for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
         for (int h = 0; h < 2; h++) sum[r][h] = _mm256_loadu_ps(acc + r * QN_TILE_COLS + 8 * h);
     for (int64_t i = 0; i < k; i++, b += QN_NR) {
         __m256 w0 = _mm256_loadu_ps(b), w1 = _mm256_loadu_ps(b + 8);
@@ -141,7 +145,9 @@ QN_INLINE void tile_float_rows(const int R, int64_t k, const uint8_t *a, int64_t
             sum[r][1] = _mm256_fmadd_ps(x, w1, sum[r][1]);
         }
     }
+#pragma GCC unroll 6
     for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
         for (int h = 0; h < 2; h++) _mm256_storeu_ps(acc + r * QN_TILE_COLS + 8 * h, sum[r][h]);
 }
 

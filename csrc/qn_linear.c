@@ -82,6 +82,7 @@ void qn_unpack_panel(const qn_weights *w, int64_t p, int8_t *codes, int64_t stri
 enum {
     BLOCK_BYTES = 192 << 10, /* quantized rows that stay in the L2 cache while the panels pass by */
     BLOCK_ROWS = 96,
+    RESIDENT_BYTES = 640 << 10, /* weights that stay in the L2 cache beside a tile of rows and its results */
     FLOAT_BLOCK_ROWS = 256,  /* rows that share the work of decoding the weights */
     DECODED_K = 128          /* k of decoded weights that stay in the L1 cache */
 };
@@ -156,32 +157,51 @@ static void wide_group(const qn_kernel *kernel, const qn_call *c, const qn_rows 
     }
 }
 
-static void integer_block(const qn_kernel *kernel, const qn_call *c, const qn_rows *rows) {
+/* Ask for the lines that a tile will be written to, so that they arrive while it is computed. */
+static void prefetch_output(const qn_call *c, int64_t row, int count, int64_t panel, int panels) {
+#if defined(__GNUC__)
+    if (c->output != QN_OUTPUT_FLOAT32) return;
+    for (int r = 0; r < count; r++)
+        for (int p = 0; p < panels; p++)
+            __builtin_prefetch((const uint8_t *)c->y + (row + r) * c->y_stride + (panel + p) * QN_NR * 4, 1);
+#endif
+}
+
+/* All groups of one tile: rows [row, row + count) by panels [panel, panel + panels). */
+static void integer_tile(const qn_kernel *kernel, const qn_call *c, const qn_rows *rows, int64_t row, int count,
+                         int64_t panel, int panels) {
     const qn_weights *w = c->w;
     int int4 = w->format == QN_INT4;
     int64_t group_bytes = w->group_k * QN_NR / (int4 ? 2 : 1);
+    const uint8_t *codes = w->data + panel * w->panel_bytes + w->codes_at;
     int32_t acc[QN_TILE_ROWS * QN_TILE_COLS];
     float converted[QN_TILE_ROWS * QN_TILE_COLS], sum[QN_TILE_ROWS * QN_TILE_COLS];
-    for (int64_t panel = 0; panel < w->panels; panel += kernel->panels) {
-        int panels = (int)min64(kernel->panels, w->panels - panel);
-        const uint8_t *codes = w->data + panel * w->panel_bytes + w->codes_at;
-        for (int64_t row = 0; row < rows->count; row += kernel->rows) {
-            int count = (int)min64(kernel->rows, rows->count - row);
-            for (int64_t g = 0; g < w->groups; g++) {
-                const uint8_t *a = rows->a + row * rows->a_stride + g * w->group_k * kernel->a_bytes;
-                const uint8_t *b = codes + g * group_bytes;
-                if (c->wide) {
-                    wide_group(kernel, c, rows, row, count, panel, panels, g, a, b, converted);
-                    if (c->output != QN_OUTPUT_ACC64)
-                        kernel->epilogue(c, rows, row, count, panel, panels, g, 0, converted, sum);
-                } else {
-                    (int4 ? kernel->tile_int4 : kernel->tile_int8)(count, panels, w->group_k, a, rows->a_stride, b,
-                                                                   w->panel_bytes, acc);
-                    kernel->epilogue(c, rows, row, count, panel, panels, g, acc, 0, sum);
-                }
-            }
+    prefetch_output(c, rows->first + row, count, panel, panels);
+    for (int64_t g = 0; g < w->groups; g++) {
+        const uint8_t *a = rows->a + row * rows->a_stride + g * w->group_k * kernel->a_bytes;
+        const uint8_t *b = codes + g * group_bytes;
+        if (c->wide) {
+            wide_group(kernel, c, rows, row, count, panel, panels, g, a, b, converted);
+            if (c->output != QN_OUTPUT_ACC64) kernel->epilogue(c, rows, row, count, panel, panels, g, 0, converted, sum);
+        } else {
+            (int4 ? kernel->tile_int4 : kernel->tile_int8)(count, panels, w->group_k, a, rows->a_stride, b, w->panel_bytes, acc);
+            kernel->epilogue(c, rows, row, count, panel, panels, g, acc, 0, sum);
         }
     }
+}
+
+/* Weights that stay in the L2 cache pass by each tile of rows, so that y is written along its rows; larger ones are
+ * read once for the whole block, whose rows pass by each tile of panels. */
+static void integer_block(const qn_kernel *kernel, const qn_call *c, const qn_rows *rows) {
+    const qn_weights *w = c->w;
+    int resident = w->panels * w->panel_bytes <= RESIDENT_BYTES;
+    int64_t row_step = resident ? kernel->rows : rows->count, panel_step = resident ? w->panels : kernel->panels;
+    for (int64_t row0 = 0; row0 < rows->count; row0 += row_step)
+        for (int64_t panel0 = 0; panel0 < w->panels; panel0 += panel_step)
+            for (int64_t panel = panel0; panel < min64(panel0 + panel_step, w->panels); panel += kernel->panels)
+                for (int64_t row = row0; row < min64(row0 + row_step, rows->count); row += kernel->rows)
+                    integer_tile(kernel, c, rows, row, (int)min64(kernel->rows, rows->count - row), panel,
+                                 (int)min64(kernel->panels, w->panels - panel));
 }
 
 /* Float products: weights are decoded a piece of k at a time, and the piece is used by every row of the block. Float
@@ -213,7 +233,34 @@ static void float_block(const qn_kernel *kernel, const qn_call *c, const qn_rows
     }
 }
 
+/* The calling thread's floating-point mode, set to the default (round to even, subnormals kept) for the call: another
+ * library may have made this thread flush subnormals, and the bits must not depend on that. */
+#if defined(__x86_64__) && defined(__GNUC__)
+static uint64_t enter_default_mode(void) {
+    uint32_t mode, standard = 0x1F80;
+    __asm__ volatile("stmxcsr %0" : "=m"(mode));
+    __asm__ volatile("ldmxcsr %0" : : "m"(standard) : "memory");
+    return mode;
+}
+static void leave_default_mode(uint64_t before) {
+    uint32_t mode = (uint32_t)before;
+    __asm__ volatile("ldmxcsr %0" : : "m"(mode) : "memory");
+}
+#elif defined(__aarch64__) && defined(__GNUC__)
+static uint64_t enter_default_mode(void) {
+    uint64_t mode, standard = 0;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(mode));
+    __asm__ volatile("msr fpcr, %0" : : "r"(standard) : "memory");
+    return mode;
+}
+static void leave_default_mode(uint64_t before) { __asm__ volatile("msr fpcr, %0" : : "r"(before) : "memory"); }
+#else
+static uint64_t enter_default_mode(void) { return 0; }
+static void leave_default_mode(uint64_t before) { (void)before; }
+#endif
+
 void qn_linear(const qn_kernel *kernel, const qn_call *c, uint8_t *scratch) {
+    uint64_t mode = enter_default_mode();
     scratch_layout s = layout_scratch(kernel, c);
     int64_t block = block_rows(kernel, c);
     qn_rows rows = {
@@ -233,4 +280,5 @@ void qn_linear(const qn_kernel *kernel, const qn_call *c, uint8_t *scratch) {
         else
             integer_block(kernel, c, &rows);
     }
+    leave_default_mode(mode);
 }

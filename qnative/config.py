@@ -31,6 +31,10 @@ __all__ = [
 SMALLEST_SCALE = float(np.finfo(np.float32).smallest_normal)
 
 
+#: No group is larger: sizes are multiplied in native code.
+LARGEST_GROUP = 2**31 - 1
+
+
 class _Choice(enum.StrEnum):
     """An enum whose members equal, hash and print as their strings, and that names the choices when refusing."""
 
@@ -223,8 +227,10 @@ class QuantConfig:
         elif self.axis is None:
             put("axis", 0 if self.granularity is QuantGranularity.PER_CHANNEL else -1)
         if self.granularity is QuantGranularity.PER_GROUP:
-            if self.group_size is None or self.group_size < 1:
-                raise ValueError(f"group_size={self.group_size} must be a positive int with granularity='per_group'")
+            if self.group_size is None or not 1 <= self.group_size <= LARGEST_GROUP:
+                raise ValueError(
+                    f"group_size={self.group_size} must be a positive int (at most {LARGEST_GROUP}) with granularity='per_group'"
+                )
         elif self.group_size is not None:
             raise ValueError(f"group_size={self.group_size} needs granularity='per_group', not '{self.granularity}'")
 
@@ -455,7 +461,7 @@ class QParams:
         zero_point = check_zero_point(self.zero_point, info, scale.shape)
         low, high = check_code_range(info, self.quant_min, self.quant_max)
         axis, group_size = _check_int("axis", self.axis), _check_int("group_size", self.group_size)
-        if group_size is not None and (group_size < 1 or axis is None or scale.ndim == 0):
+        if group_size is not None and (not 1 <= group_size <= LARGEST_GROUP or axis is None or scale.ndim == 0):
             raise ValueError(f"group_size={group_size} must be positive and needs an axis and a scale each group")
         if group_size is None and scale.ndim != (0 if axis is None else 1):
             raise ValueError(
@@ -556,13 +562,9 @@ def round_scale(scale: NDArray[np.float64], scale_dtype: str) -> NDArray[np.floa
     """
     with np.errstate(over="ignore", under="ignore"):
         if scale_dtype == "float16":
-            tiny = float(np.finfo(np.float16).smallest_normal)
-            if np.any(scale < tiny):
-                raise ValueError(
-                    f"scale {scale.min():.3g} underflows float16 (smallest normal {tiny:.3g}); "
-                    "use scale_dtype='bfloat16' or 'float32'"
-                )
             stored = scale.astype(np.float16).astype(np.float32)
+            if np.any(stored == 0):
+                raise ValueError(f"scale {scale.min():.3g} underflows float16; use scale_dtype='bfloat16' or 'float32'")
         else:
             # Tiny data: the scale is only kept from falling below the smallest normal float32.
             scale = np.maximum(scale, SMALLEST_SCALE)

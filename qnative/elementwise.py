@@ -57,9 +57,17 @@ def check_nan(values: NDArray[Any], nan: str, info: CodeDType) -> NDArray[Any]:
 
 
 def quantize_walk(
-    values: NDArray[Any], info: CodeDType, granules: Granules, scales: Any, zeros: Any, low: int, high: int
+    values: NDArray[Any],
+    info: CodeDType,
+    granules: Granules,
+    scales: Any,
+    zeros: Any,
+    low: int,
+    high: int,
+    into: NDArray[Any] | None = None,
 ) -> NDArray[Any]:
-    codes = np.empty(values.shape, np.uint8)
+    """Quantize checked values, into an array that `_target` gave or a new one."""
+    codes = np.empty(values.shape, np.uint8) if into is None else into.view(np.uint8)
     if info.is_float:
         _core.quantize_float8(values.reshape(-1), scales, granules.walk, info.name, codes.reshape(-1))
     else:
@@ -68,9 +76,15 @@ def quantize_walk(
 
 
 def dequantize_walk(
-    codes: NDArray[Any], info: CodeDType, granules: Granules, scales: Any, zeros: Any
+    codes: NDArray[Any],
+    info: CodeDType,
+    granules: Granules,
+    scales: Any,
+    zeros: Any,
+    into: NDArray[Any] | None = None,
 ) -> NDArray[np.float32]:
-    out = np.empty(codes.shape, np.float32)
+    """Dequantize checked codes to float32, into an array that `_target` gave or a new one."""
+    out = np.empty(codes.shape, np.float32) if into is None else into
     flat = codes.reshape(-1).view(np.uint8)
     if info.is_float:
         _core.dequantize_float8(flat, scales, granules.walk, info.name, out.reshape(-1))
@@ -89,16 +103,26 @@ def cast_floats(values: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray[An
         return values.astype(dtype)
 
 
-def _deliver(result: NDArray[Any], out: NDArray[Any] | None) -> NDArray[Any]:
+def _target(out: NDArray[Any] | None, shape: tuple[int, ...], dtype: Any, source: NDArray[Any]) -> NDArray[Any] | None:
+    """Check a caller's `out`; return it if the native loops can write to it while they read `source`, else None."""
     if out is None:
-        return result
+        return None
     if not isinstance(out, np.ndarray):
         raise TypeError(f"out must be a numpy.ndarray, not {type(out).__name__}")
-    if out.shape != result.shape or out.dtype != result.dtype:
-        raise ValueError(f"out is {out.dtype} of shape {out.shape}; it must be {result.dtype} of shape {result.shape}")
+    if out.shape != shape or out.dtype != dtype:
+        raise ValueError(f"out is {out.dtype} of shape {out.shape}; it must be {np.dtype(dtype)} of shape {shape}")
     if not out.flags.writeable:
         raise ValueError("out is read-only; pass an array that can be written to")
-    out[...] = result
+    direct = out.flags.c_contiguous and out.flags.aligned and not np.may_share_memory(out, source)
+    return out if direct else None
+
+
+def _deliver(result: NDArray[Any], out: NDArray[Any] | None) -> NDArray[Any]:
+    """Put a result where the caller wants it, unless it was computed there."""
+    if out is None:
+        return result
+    if not np.may_share_memory(result, out):
+        out[...] = result
     return out
 
 
@@ -158,8 +182,9 @@ def quantize(
     values = as_float_array(x)
     granules, scales, zeros = _parameters(values.shape, scale, zero_point, info, axis, group_size)
     low, high = code_range(info, quant_min, quant_max)
+    into = _target(out, values.shape, info.storage, values)
     values = check_nan(values, nan, info)
-    return _deliver(quantize_walk(values, info, granules, scales, zeros, low, high), out)
+    return _deliver(quantize_walk(values, info, granules, scales, zeros, low, high, into), out)
 
 
 def dequantize(
@@ -200,7 +225,9 @@ def dequantize(
         raise ValueError(f"out_dtype={wanted.name} has no room for values; use float32, float64, float16 or bfloat16")
     array = _as_codes(array, info)
     granules, scales, zeros = _parameters(array.shape, scale, zero_point, info, axis, group_size)
-    return _deliver(cast_floats(dequantize_walk(array, info, granules, scales, zeros), wanted), out)
+    into = _target(out, array.shape, wanted, array)
+    into = into if wanted == np.float32 else None
+    return _deliver(cast_floats(dequantize_walk(array, info, granules, scales, zeros, into), wanted), out)
 
 
 def _as_codes(array: NDArray[Any], info: CodeDType) -> NDArray[Any]:
@@ -243,16 +270,17 @@ def fake_quantize(
     values = as_float_array(x)
     granules, scales, zeros = _parameters(values.shape, scale, zero_point, info, axis, group_size)
     low, high = code_range(info, quant_min, quant_max)
+    wanted = x.dtype.newbyteorder("=") if isinstance(x, np.ndarray) else np.dtype(np.float32)
+    into = _target(out, values.shape, wanted, values)
+    into = into if wanted == np.float32 else None
     values = check_nan(values, nan, info)
     if info.is_float:
-        result = dequantize_walk(
-            quantize_walk(values, info, granules, scales, zeros, low, high), info, granules, scales, zeros
-        )
+        codes = quantize_walk(values, info, granules, scales, zeros, low, high)
+        result = dequantize_walk(codes, info, granules, scales, zeros, into)
     else:
-        result = np.empty(values.shape, np.float32)
+        result = np.empty(values.shape, np.float32) if into is None else into
         _core.fake_quantize(values.reshape(-1), scales, zeros, granules.walk, low, high, result.reshape(-1))
-    dtype_of_x = x.dtype.newbyteorder("=") if isinstance(x, np.ndarray) else np.dtype(np.float32)
-    return _deliver(cast_floats(result, dtype_of_x), out)
+    return _deliver(cast_floats(result, wanted), out)
 
 
 def sqnr(x: ArrayLike, y: ArrayLike) -> float:

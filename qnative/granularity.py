@@ -49,6 +49,7 @@ class Granules(NamedTuple):
         if group_size < 1:
             raise ValueError(f"group_size={group_size} must be at least 1")
         groups = -(-length // group_size)
+        group_size = min(group_size, max(length, 1))
         return cls((*shape[:axis], groups, *shape[axis + 1 :]), (outer, length, inner, group_size, True, not last))
 
     @classmethod

@@ -240,7 +240,7 @@ class QuantizedLinear:
         Parameters
         ----------
         x : array_like, shape (..., in_features)
-            float32 (other floats are converted once); with static activations also the codes themselves.
+            float32 (other floats are rounded to it first); with static activations also the codes themselves.
         out : numpy.ndarray, shape (..., out_features), optional
             Where to write the result: C-contiguous, of the result's dtype, sharing no memory with x.
 
@@ -392,12 +392,12 @@ class QuantizedLinear:
     @property
     def weight_scale(self) -> NDArray[np.float32]:
         """Scales of the weights: shape (), (out_features,), or (out_features, groups)."""
-        return self.weight_quantized().scale
+        return self._scales()[0]
 
     @property
     def weight_zero_point(self) -> NDArray[Any]:
         """Zero points of the weights, in the code dtype; shape () when symmetric."""
-        return self.weight_quantized().zero_point
+        return self._scales()[1]
 
     @property
     def input_scale(self) -> float | None:
@@ -445,20 +445,29 @@ class QuantizedLinear:
 
     def weight_quantized(self) -> QuantizedTensor:
         """Rebuild the `QuantizedTensor` from the packed form, bit for bit the one that the layer was built from."""
-        (n, k), config, info = self._shape, self._config, self._config.info
-        raw = np.empty((n, k), np.uint8)
+        config, info = self._config, self._config.info
+        raw = np.empty(self._shape, np.uint8)
         self._packed.codes(raw)
-        scale = np.empty((n, self._packed.groups), np.float32)
-        zero = np.empty_like(scale, np.int32)
-        self._packed.scales(scale, zero)
-        zero -= _stored_offset(config)
         codes = raw - np.uint8(_stored_offset(config) % 256)  # modulo 256, as bytes are
-        shape = Granules.of_config(self._shape, config).shape
-        count = math.prod(shape)
-        zero_point = store_zero_point(zero.reshape(-1)[:count].reshape(shape), shape, config)
+        scale, zero_point = self._scales()
         data = store_codes(codes.view(info.storage), zero_point, config)
-        scale_data = store_scale(scale.reshape(-1)[:count].reshape(shape), config)
-        return QuantizedTensor(data, scale_data, zero_point, self._shape, self._dtype, config, check=False)
+        return QuantizedTensor(
+            data, store_scale(scale, config), zero_point, self._shape, self._dtype, config, check=False
+        )
+
+    def _scales(self) -> tuple[NDArray[np.float32], NDArray[Any]]:
+        """Read the scales and zero points back from the packed form, in the shapes that a tensor has them in."""
+        shape = Granules.of_config(self._shape, self._config).shape
+        packed = (self.out_features, self._packed.groups)
+        scale: NDArray[np.float32] = np.empty(packed, np.float32)
+        zero: NDArray[np.int32] = np.empty(packed, np.int32)
+        self._packed.scales(scale, zero)
+        count = math.prod(shape)
+        if scale.size < count:  # no output, and still one scale for all
+            scale = np.ones(count, np.float32)
+            zero = np.full(count, _stored_offset(self._config), np.int32)
+        zero_point = (zero - _stored_offset(self._config)).reshape(-1)[:count].reshape(shape)
+        return scale.reshape(-1)[:count].reshape(shape), store_zero_point(zero_point, shape, self._config)
 
     def __reduce__(self) -> tuple[Any, ...]:
         settings = {"activation": self._activation, "output": self._output}

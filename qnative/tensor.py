@@ -103,7 +103,8 @@ class QuantizedTensor:
                     f"{name} is {found}; {self.config} of shape {self.shape} needs {np.dtype(dtype).name} "
                     f"of shape {shape}"
                 )
-            if not (array.flags.c_contiguous and array.flags.aligned):
+            # What a caller may still write to is copied: a code that was checked stays as it was.
+            if not (array.flags.c_contiguous and array.flags.aligned) or (check and array.flags.writeable):
                 array = array.copy()
             array = array.view(np.ndarray)
             array.flags.writeable = False
@@ -169,7 +170,7 @@ class QuantizedTensor:
 
     def _rows(self, rows: Any) -> NDArray[np.float32]:
         """Decode rows (a slice or an index array along axis 0) to float32."""
-        config, scale, zero = self.config, self.scale, self.zero_point
+        config, stored, zero = self.config, self.scale_data, self.zero_point
         # The rows of an int4 vector lie within words, so it is unpacked whole.
         codes = self.codes[rows] if len(self.shape) == 1 else self._codes_of(self.data[rows])
         axis = None if config.axis is None else config.axis % len(self.shape)
@@ -179,9 +180,9 @@ class QuantizedTensor:
             chosen = np.arange(self.shape[0])[rows] // config.group_size
             granules = Granules.of(codes.shape, 0, 1)
         if axis == 0 or config.group_size is not None:
-            scale = scale[chosen]
+            stored = stored[chosen]
             zero = zero if zero.ndim == 0 else zero[chosen]
-        return _decode(codes, config.info, scale, zero, granules)
+        return _decode(codes, config.info, _load_scale(stored, config), zero, granules)
 
     def _row_slices(self) -> Iterator[slice]:
         rows = max(1, _BLOCK // max(1, math.prod(self.shape[1:])))
@@ -357,6 +358,8 @@ def quantize_tensor(
         qparams = _own_qparams(qparams, config, granules, values.ndim)
     scales, zeros = granules.spread(qparams.scale, np.float32), granules.spread(qparams.zero_point, np.int32)
     low, high = code_range(info, config.quant_min, config.quant_max)
+    if not info.is_float:  # one's own range may be narrower
+        low, high = max(low, int(qparams.quant_min or 0)), min(high, int(qparams.quant_max or 0))
     codes = quantize_walk(values, info, granules, scales, zeros, low, high)
     scale = np.broadcast_to(qparams.scale, granules.shape)
     zero = store_zero_point(qparams.zero_point, granules.shape, config)

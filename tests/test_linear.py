@@ -482,3 +482,35 @@ def test_fused_is_the_function_of_the_plain(function: str) -> None:
         truth = ref.activation(plain, function)
         assert (np.abs(fused - truth) <= 2.0**-22 * np.maximum(1, np.abs(plain))).all()
         assert not np.array_equal(fused, plain)
+
+
+def test_no_outputs_round_trip_too() -> None:
+    for config in (qn.QuantConfig.int8(), qn.QuantConfig.int4_per_channel(), qn.QuantConfig.int8().asymmetric()):
+        layer = qn.QuantizedLinear.from_float(np.zeros((0, 8), np.float32), None, config)
+        assert layer.weight_quantized().shape == (0, 8)
+        assert pickle.loads(pickle.dumps(layer))(np.ones((3, 8), np.float32)).shape == (3, 0)
+
+
+def test_the_gate_gives_no_accumulators_that_are_not_sums() -> None:
+    from qnative import _core
+
+    w = np.random.default_rng(0).standard_normal((4, 16)).astype(np.float32)
+    x = np.ones((2, 16), np.float32)
+    cases = [(qn.QuantConfig.int8_per_channel(), "acc64"), (qn.QuantConfig.fp8(), "acc32")]
+    for config, output in cases:
+        layer = qn.QuantizedLinear.from_float(w, None, config)
+        y = np.zeros((2, 4), np.int64 if output == "acc64" else np.int32)
+        with pytest.raises(ValueError, match=r"acc64|accumulators"):
+            layer._packed.run(x, y, output=output)
+        assert not y.any()
+    low, high = np.full(1, np.inf, np.float32), np.full(1, -np.inf, np.float32)
+    with pytest.raises(ValueError, match="layout"):  # a product that would wrap around to 8 elements
+        _core.min_max(np.zeros(8, np.float32), ((1 << 61) + 1, 8, 1, 8, False, False), low, high)
+
+
+def test_scales_are_read_without_rebuilding_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = qn.QuantizedLinear.from_float(np.eye(40, dtype=np.float32), None, qn.QuantConfig.int4_per_group(8))
+    whole = layer.weight_quantized()
+    monkeypatch.setattr(qn.QuantizedLinear, "weight_quantized", None)
+    ref.assert_same_bits(layer.weight_scale, whole.scale)
+    ref.assert_same_bits(layer.weight_zero_point, whole.zero_point)

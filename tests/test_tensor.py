@@ -552,3 +552,31 @@ def test_as_float_array() -> None:
     for bad in (np.arange(3), np.ones(2, complex), np.array([None]), np.array(["a"]), np.ones(2, bool)):
         with pytest.raises(TypeError, match="float"):
             as_float_array(bad)
+
+
+def test_a_narrower_range_of_ones_own_is_kept() -> None:
+    x = np.linspace(-1, 1, 64, dtype=np.float32)
+    own = qn.QParams(0.01, 0, "int8", quant_min=-10, quant_max=12)
+    codes = qn.quantize_tensor(x, qn.QuantConfig.int8(), own).codes
+    assert (codes.min(), codes.max()) == (-10, 12)
+
+
+def test_checked_codes_cannot_be_changed_from_outside() -> None:
+    codes = np.ones((4, 8), np.int8)
+    q = qn.QuantizedTensor(
+        codes, np.array(0.5, np.float32), np.array(0, np.int8), (4, 8), "float32", qn.QuantConfig.int8()
+    )
+    codes[:] = -128
+    assert (q.codes == 1).all()
+
+
+@pytest.mark.parametrize("scale_dtype", ["float32", "float16", "bfloat16"])
+def test_take_with_any_stored_scale(scale_dtype: str) -> None:
+    x = np.random.default_rng(1).standard_normal((50, 64)).astype(np.float32)
+    for config in (
+        qn.QuantConfig.int4_per_group(16),
+        qn.QuantConfig.int8_per_channel(),
+        qn.QuantConfig.int8_per_channel(1),
+    ):
+        q = qn.quantize_tensor(x, config.with_scale_dtype(scale_dtype))
+        ref.assert_same_bits(q.take([3, 49, 0]), q.dequantize()[[3, 49, 0]])

@@ -19,6 +19,9 @@ from libc.string cimport memcpy
 
 from qnative._core.floats cimport Format, decode_table, encode_one, format_of
 
+cdef extern from "Python.h":
+    const Py_ssize_t PY_SSIZE_T_MAX
+
 ctypedef fused real:
     float
     double
@@ -37,8 +40,10 @@ cdef struct Walk:
 cdef Walk new_walk(tuple layout) except *:
     cdef Walk w
     w.outer, w.length, w.inner, w.block, w.per_outer, w.per_inner = layout
-    if w.outer < 0 or w.length < 0 or w.inner < 0 or w.block < 1:
+    if w.outer < 0 or w.length < 0 or w.inner < 0 or not 1 <= w.block <= max(w.length, 1):
         raise ValueError(f"not a layout: {layout}")
+    if layout[0] * layout[1] * layout[2] > PY_SSIZE_T_MAX:  # Python's integers: they do not wrap
+        raise ValueError(f"a layout of more elements than memory has addresses: {layout}")
     w.blocks = (w.length + w.block - 1) // w.block
     w.size = w.outer * w.length * w.inner
     w.scales = (w.outer if w.per_outer else 1) * w.blocks * (w.inner if w.per_inner else 1)

@@ -328,6 +328,11 @@ cdef class PackedLinear:
         cdef int64_t columns, item
         cdef str kind = self.output if output is None else output
         c.output = OUTPUTS[kind]
+        if kind != self.output:
+            if kind != ("acc64" if self.call.wide else "acc32"):
+                raise ValueError(f"this layer gives {self.output}, not {kind}")
+            if c.input == QN_INPUT_FLOAT or self.w.format >= QN_FLOAT8_E4M3FN:
+                raise ValueError("float products have no accumulators")
         item = OUTPUT_BYTES[kind]
         columns = self.w.n * (self.w.groups if kind.startswith("acc") else 1)
         PyObject_GetBuffer(x, &xb, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT)
