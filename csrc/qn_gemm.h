@@ -44,6 +44,7 @@ enum {
     QN_KR = 4,            /* consecutive k in a 32-bit lane */
     QN_K_PAD = 8,         /* a group's k is padded to a multiple of this: two k-steps */
     QN_SEGMENT = 32768,   /* k whose raw sum of u8 * s8 surely fits int32: 255 * 128 * 32768 < 2^31 */
+    QN_PAIR_GROUP = 128,  /* k whose sum of differences of codes surely fits int16: 255 * 128 < 2^15 */
     QN_MAX_K = 1 << 23,   /* sums of codes fit int32 up to here: 255 * 2^23 < 2^31 */
     QN_TILE_ROWS = 8,     /* no kernel's tile is larger than this */
     QN_TILE_PANELS = 3,
@@ -122,13 +123,19 @@ typedef struct {
                       int64_t panel_bytes, int32_t *acc);
     void (*tile_int4)(int rows, int panels, int64_t k, const uint8_t *a, int64_t a_stride, const uint8_t *b,
                       int64_t panel_bytes, int32_t *acc);
+    /* All groups of rows by one panel: sum[row] = the groups' products, added in ascending order. May be NULL. Groups are
+     * of at most QN_PAIR_GROUP; pairs[row][groups] holds a row's zero point and, times 2^16, its sum of codes less the
+     * zero points: with the panel's sum of codes and zero point in the same places, one multiply-add of 16-bit pairs
+     * gives both corrections. */
+    void (*tile_groups)(const qn_call *c, const qn_rows *rows, int64_t row, int count, const uint8_t *panel,
+                        const int32_t *pairs, float *sum);
     /* acc = fma(a[k], b[k], acc), k ascending; b is [k][panels * 16] decoded weights. */
     void (*tile_float)(int rows, int panels, int64_t k, const uint8_t *a, int64_t a_stride, const float *b, float *acc);
     /* Decode k weights of one panel and group, from k0 on, into out[k][stride]; times their scale if `scaled`. */
     void (*decode)(const qn_weights *w, const uint8_t *panel, int64_t g, int64_t k0, int64_t k, int scaled, float *out,
                    int64_t stride);
-    /* Finish group g of a tile: either acc (integer sums) or converted (the same as float, corrected) is given;
-     * sum carries the groups' products from one group to the next; the last group writes y. */
+    /* Finish group g of a tile: acc (integer sums) or converted (the same as float, corrected) is given; sum carries the
+     * groups' products from one group to the next; the last group writes y. With neither, sum holds all of them. */
     void (*epilogue)(const qn_call *c, const qn_rows *rows, int64_t row, int count, int64_t panel, int panels, int64_t g,
                      const int32_t *acc, const float *converted, float *sum);
 } qn_kernel;

@@ -108,6 +108,56 @@ static void tile_int4(int rows, int panels, int64_t k, const uint8_t *a, int64_t
     tile_of_any_size(1, rows, panels, k, a, a_stride, b, panel_bytes, acc);
 }
 
+/* R rows by one panel, group after group, with the groups' products added up in registers. */
+QN_INLINE void sum_groups(const int R, const int int4, const qn_call *c, const qn_rows *rows, int64_t row,
+                          const uint8_t *panel, const int32_t *pairs, float *sum) {
+    const qn_weights *w = c->w;
+    const uint8_t *a = rows->a + row * rows->a_stride, *b = panel + w->codes_at;
+    const __m512i low_nibble = _mm512_set1_epi8(15), low_half = _mm512_set1_epi32(0xFFFF);
+    __m512 total[QN_TILE_ROWS];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) total[r] = _mm512_set1_ps(-0.0f); /* -0 + x is x, for every x */
+    for (int64_t g = 0; g < w->groups; g++) {
+        __m512i acc[QN_TILE_ROWS][QN_TILE_PANELS], step[1], odd[1];
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) acc[r][0] = _mm512_setzero_si512();
+        for (int64_t i = 0; i < w->group_k; i += int4 ? 8 : 4, a += int4 ? 8 : 4, b += 64) {
+            step[0] = _mm512_loadu_si512(b);
+            if (int4) {
+                odd[0] = _mm512_and_si512(_mm512_srli_epi16(step[0], 4), low_nibble);
+                step[0] = _mm512_and_si512(step[0], low_nibble);
+            }
+            multiply_step(R, 1, acc, a, rows->a_stride, step);
+            if (int4) multiply_step(R, 1, acc, a + 4, rows->a_stride, odd);
+        }
+        __m512i pair = _mm512_and_si512(_mm512_loadu_si512(panel + w->sum_at + g * QN_NR * 4), low_half);
+        if (w->asymmetric)
+            pair = _mm512_or_si512(pair, _mm512_slli_epi32(_mm512_loadu_si512(panel + w->zero_at + g * QN_NR * 4), 16));
+        VF scale = vf_load((const float *)(panel + w->scale_at) + g * QN_NR);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) {
+            __m512i correction = _mm512_madd_epi16(pair, _mm512_set1_epi32(pairs[(row + r) * w->groups + g]));
+            VF value = _mm512_cvtepi32_ps(_mm512_sub_epi32(acc[r][0], correction));
+            total[r] = total[r] + value * (vf_splat(rows->scale[row + r]) * scale);
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) vf_store(sum + r * QN_TILE_COLS, total[r]);
+}
+
+static void tile_groups(const qn_call *c, const qn_rows *rows, int64_t row, int count, const uint8_t *panel,
+                        const int32_t *pairs, float *sum) {
+#define GROUPS(R)                                                                                                      \
+    case R:                                                                                                            \
+        if (c->w->format == QN_INT4)                                                                                   \
+            sum_groups(R, 1, c, rows, row, panel, pairs, sum);                                                         \
+        else                                                                                                           \
+            sum_groups(R, 0, c, rows, row, panel, pairs, sum);                                                         \
+        break;
+    switch (count) { GROUPS(1) GROUPS(2) GROUPS(3) GROUPS(4) GROUPS(5) GROUPS(6) GROUPS(7) GROUPS(8) }
+#undef GROUPS
+}
+
 /* R rows by P panels of float weights; the sums are carried in acc from call to call. */
 QN_INLINE void tile_float_fixed(const int R, const int P, int64_t k, const uint8_t *a, int64_t a_stride, const float *b,
                                 float *acc) {
@@ -154,7 +204,8 @@ static int usable(void) {
 
 const qn_kernel qn_kernel_avx512vnni = {
     .name = "avx512vnni", .usable = usable, .a_bytes = QN_A_BYTES, .rows = 8, .panels = 3, .float_rows = 8, .float_panels = 3,
-    .quantize_rows = quantize_rows, .tile_int8 = tile_int8, .tile_int4 = tile_int4, .tile_float = tile_float,
+    .quantize_rows = quantize_rows, .tile_int8 = tile_int8, .tile_int4 = tile_int4,
+    .tile_groups = tile_groups, .tile_float = tile_float,
     .decode = decode, .epilogue = epilogue,
 };
 #else

@@ -167,6 +167,24 @@ static void prefetch_output(const qn_call *c, int64_t row, int count, int64_t pa
 #endif
 }
 
+/* Does the kernel add up the groups by itself? */
+static int sums_groups(const qn_kernel *kernel, const qn_call *c) {
+    return kernel->tile_groups && c->w->groups > 1 && c->w->group_k <= QN_PAIR_GROUP && !c->wide &&
+           c->output != QN_OUTPUT_ACC32 && c->w->bias != QN_BIAS_INT32;
+}
+
+/* Turn the rows' sums of codes into what `tile_groups` multiplies with the panels' sums and zero points. */
+static void pair_sums(const qn_call *c, const qn_rows *rows) {
+    const qn_weights *w = c->w;
+    for (int64_t i = 0; i < rows->count; i++) {
+        for (int64_t g = 0; g < w->groups; g++) {
+            int32_t *sum = rows->sum + i * w->groups + g, zero = rows->zero[i];
+            int32_t k = (int32_t)min64(w->group, w->k - g * w->group);
+            *sum = (int32_t)((uint32_t)zero | (uint32_t)(*sum - k * zero) << 16);
+        }
+    }
+}
+
 /* All groups of one tile: rows [row, row + count) by panels [panel, panel + panels). */
 static void integer_tile(const qn_kernel *kernel, const qn_call *c, const qn_rows *rows, int64_t row, int count,
                          int64_t panel, int panels) {
@@ -177,6 +195,12 @@ static void integer_tile(const qn_kernel *kernel, const qn_call *c, const qn_row
     int32_t acc[QN_TILE_ROWS * QN_TILE_COLS];
     float converted[QN_TILE_ROWS * QN_TILE_COLS], sum[QN_TILE_ROWS * QN_TILE_COLS];
     prefetch_output(c, rows->first + row, count, panel, panels);
+    if (sums_groups(kernel, c)) {
+        for (int p = 0; p < panels; p++)
+            kernel->tile_groups(c, rows, row, count, w->data + (panel + p) * w->panel_bytes, rows->sum, sum + p * QN_NR);
+        kernel->epilogue(c, rows, row, count, panel, panels, w->groups - 1, 0, 0, sum);
+        return;
+    }
     for (int64_t g = 0; g < w->groups; g++) {
         const uint8_t *a = rows->a + row * rows->a_stride + g * w->group_k * kernel->a_bytes;
         const uint8_t *b = codes + g * group_bytes;
@@ -194,6 +218,7 @@ static void integer_tile(const qn_kernel *kernel, const qn_call *c, const qn_row
  * read once for the whole block, whose rows pass by each tile of panels. */
 static void integer_block(const qn_kernel *kernel, const qn_call *c, const qn_rows *rows) {
     const qn_weights *w = c->w;
+    if (sums_groups(kernel, c)) pair_sums(c, rows);
     int resident = w->panels * w->panel_bytes <= RESIDENT_BYTES;
     int64_t row_step = resident ? kernel->rows : rows->count, panel_step = resident ? w->panels : kernel->panels;
     for (int64_t row0 = 0; row0 < rows->count; row0 += row_step)

@@ -312,7 +312,7 @@ QN_INLINE void finish_columns(const qn_call *c, const qn_rows *rows, int64_t row
                               int64_t columns, int64_t g, const int32_t *acc, const float *converted, float *sum, uint8_t *y,
                               const epilogue_kind kind, const qn_activation activation) {
     const qn_weights *w = c->w;
-    int float_input = c->input == QN_INPUT_FLOAT, add_sum = g > 0 && !float_input;
+    int float_input = c->input == QN_INPUT_FLOAT, summed = !acc && !converted, add_sum = g > 0 && !float_input && !summed;
     int64_t at = g * QN_NR + n, k = w->k - g * w->group < w->group ? w->k - g * w->group : w->group;
     VF scale = vf_load((const float *)(panel + w->scale_at) + at), bias = vf_splat(0.0f);
     VU code_sum = vu_splat(0), weight_zero = code_sum, int_bias = code_sum;
@@ -338,9 +338,9 @@ QN_INLINE void finish_columns(const qn_call *c, const qn_rows *rows, int64_t row
             }
             product = vf_from_vu(v);
         } else {
-            product = vf_load(converted + lane);
+            product = vf_load((converted ? converted : sum) + lane);
         }
-        if (!float_input) product = product * (vf_splat(rows->scale[i]) * scale);
+        if (!float_input && !summed) product = product * (vf_splat(rows->scale[i]) * scale);
         if (add_sum) product = vf_load(sum + lane) + product;
         if (kind == GROUP) {
             vf_store(sum + lane, product);
