@@ -17,19 +17,19 @@ weight is asymmetric, of the scales' shape, and for 4 bits packed eight to an in
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qnative.config import QParams, QuantConfig
-from qnative.files import STORAGE, FormatError, NamedTensor, SafetensorsFile, TensorInfo
+from qnative.files import FormatError, NamedTensor, SafetensorsFile, TensorInfo, exact_keys, to_storage
 from qnative.granularity import Granules
 from qnative.linear import ACTIVATION_FUNCTIONS, ACTIVATIONS, QuantizedLinear
-from qnative.selection import FLOATS, widen
+from qnative.selection import FLOAT_SIZES, FLOATS, widen
 from qnative.stats import layer_stats, plain_sqnr
-from qnative.tensor import QuantizedTensor, quantize_tensor
+from qnative.tensor import QuantizedTensor
 
 if TYPE_CHECKING:
     from qnative.files import JSONFile
@@ -37,18 +37,20 @@ if TYPE_CHECKING:
 __all__ = [
     "Stored",
     "Weight",
+    "check_packing",
     "decode_document",
     "encode_layer",
     "layer_document",
     "linear_layer",
+    "packed_bytes",
     "saved_names",
     "scheme_of",
 ]
 
-_ITEMSIZE = {STORAGE[code].name: STORAGE[code].numpy.itemsize for code in FLOATS}
 _FLOAT8_CODES = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}
 _SCALE_CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _BLOCK = 1 << 20
+_SLACK = 16 << 20
 
 
 class Stored:
@@ -59,6 +61,11 @@ class Stored:
     def __init__(self, array: NDArray[Any], code: str) -> None:
         self.array, self.code = array, code
         array.flags.writeable = False
+
+    @classmethod
+    def copy(cls, x: Any) -> Stored:
+        """Store a copy of an array."""
+        return cls(*to_storage(np.array(x)))
 
     def value(self) -> NDArray[Any]:
         """Return the values; bfloat16 and float8 as float32, which holds them exactly."""
@@ -108,13 +115,69 @@ class Weight:
 def linear_layer(name: str, quantized: QuantizedTensor, sqnr: float | None, **settings: Any) -> Weight:
     """Make a linear layer, refusing now what packing it would refuse when it is first wanted."""
     weight = Weight(name, "linear", quantized, sqnr, **settings)
-    rows, columns = quantized.shape
-    sample = np.zeros((rows, min(columns, 1 + (quantized.config.group_size or 0))), np.float32)
+    q, config, bias = quantized, quantized.config, weight.bias
+    by_row = config.axis is not None and (config.group_size is not None or config.axis % 2 == 0)
+    scale, zero_point = q.scale_data, q.zero_point
+    scale, zero_point = scale[:0] if by_row else scale, zero_point[:0] if by_row and zero_point.ndim else zero_point
+    # The layer without its rows: of the same columns, groups and settings, and of no size.
+    sample = QuantizedTensor(q.data[:0], scale, zero_point, (0, q.shape[1]), q.dtype, config, check=False)
     try:
-        weight.packed(quantize_tensor(sample, quantized.config))
+        if bias is not None:
+            with np.errstate(over="ignore"):
+                bad = np.count_nonzero(~np.isfinite(bias.value().astype(np.float32, copy=False)))
+            if bad:
+                raise ValueError(f"bias has {bad} values that are not finite float32")
+            settings["bias"] = Stored(bias.array[:0], bias.code)
+        Weight(name, "linear", sample, **settings).packed(sample)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from None
     return weight
+
+
+def packed_bytes(shape: tuple[int, ...], config: QuantConfig, bias: bool) -> int:
+    """Return the bytes that a linear layer takes when it is packed: `QuantizedLinear.nbytes`.
+
+    Outputs are packed by 16, inputs padded to a multiple of 8 within each group; every scale has the sum of its codes
+    and, where there is one, its zero point beside it. (Asymmetric layers whose zero points happen all to be 0 in
+    the packed form take less.)
+    """
+    rows, columns = shape
+    group = max(1, min(columns, config.group_size or columns))
+    groups = -(-columns // group) if columns else 1
+    zero_points = columns > 0 and (config.bits == 4 or not config.is_symmetric)
+    entries = 1 + (not config.info.is_float) + zero_points
+    head = 64 * bias + 64 * groups * entries
+    codes = groups * (-(-group // 8) * 8) * (8 if config.bits == 4 else 16)
+    return -(-rows // 16) * (head + -(-codes // 64) * 64)
+
+
+def check_packing(weights: Mapping[str, Weight], untouched: Mapping[str, Stored], size: int, factor: int) -> None:
+    """Refuse a model that would take more than `factor` times its file's size + 16 MiB, all layers packed.
+
+    Raises
+    ------
+    ValueError
+        Naming the layer that grows the most.
+    """
+    total, most, largest = sum(s.array.nbytes for s in untouched.values()), 0, ""
+    for name, weight in weights.items():
+        stats, bias = weight.stats, weight.bias
+        total += 0 if bias is None else bias.array.nbytes
+        if weight.kind == "tensor":
+            total += stats.bytes_after
+            continue
+        packed = packed_bytes(stats.shape, stats.config, bias is not None)
+        total += packed
+        if packed - stats.bytes_after > most:
+            most, largest = packed - stats.bytes_after, name
+    limit = factor * size + _SLACK
+    if total > limit:
+        stats = weights[largest].stats
+        raise ValueError(
+            f"{largest}: packing grows its {stats.bytes_after} bytes by {most} (shape {stats.shape}, {stats.config}); "
+            f"the model would take {total} bytes, and a file of {size} may take {limit}; "
+            "use larger groups, or keep layers of few outputs as they are (exclude)"
+        )
 
 
 def scheme_of(weights: Iterable[Weight]) -> str:
@@ -239,7 +302,7 @@ def decode_document(
             f"{file.path}: has no qnative_format, so it is not a model that qnative saved; "
             "`qnative quantize` makes one from a checkpoint"
         )
-    _exactly(document, ("scheme", "layers", "config_json"), file.path)
+    exact_keys(document, ("scheme", "layers", "config_json"), file.path)
     layers, config_json = document["layers"], document["config_json"]
     if not isinstance(layers, dict):
         raise FormatError(f"{file.path}: layers must be an object")
@@ -258,13 +321,6 @@ def decode_document(
     return weights, untouched, config_json
 
 
-def _exactly(found: Any, expected: Iterable[str], where: str) -> None:
-    if not isinstance(found, dict):
-        raise FormatError(f"{where}: must be an object, not {type(found).__name__}")
-    for key in sorted(set(found) ^ set(expected)):
-        raise FormatError(f"{where}: {'unknown' if key in found else 'missing'} key {key[:80]!r}")
-
-
 class _Decoder:
     """Reads one quantized weight, taking its tensors out of `rest`."""
 
@@ -276,7 +332,7 @@ class _Decoder:
             raise FormatError(f"{self.where}: kind {str(kind)[:40]!r} is neither 'linear' nor 'tensor'")
         keys = ["kind", "config", "dtype", "sqnr"]
         keys += ["activations", "activation", "output", "bias"] if kind == "linear" else []
-        _exactly(layer, keys, self.where)
+        exact_keys(layer, keys, self.where)
         self.kind, self.layer = kind, layer
 
     def refuse(self, rule: str) -> FormatError:
@@ -318,7 +374,7 @@ class _Decoder:
 
     def weight(self) -> Weight:
         config: QuantConfig = self.parsed("config", QuantConfig)
-        dtype = self.choice("dtype", tuple(_ITEMSIZE))
+        dtype = self.choice("dtype", tuple(FLOAT_SIZES))
         sqnr = self.layer["sqnr"]
         sqnr = float(sqnr) if sqnr in ("inf", "-inf") else sqnr
         if sqnr is not None and (type(sqnr) not in (int, float) or math.isnan(sqnr)):
@@ -339,7 +395,7 @@ class _Decoder:
             return make(quantized, sqnr)
         except FormatError:
             raise
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise self.refuse(str(error)) from None
 
     def stored_shape(self) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 __all__ = ["main"]
 
-_EXPECTED = (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError, MemoryError)
+_EXPECTED = (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError, MemoryError, OverflowError)
 
 
 class _UsageError(Exception):
@@ -131,6 +131,15 @@ def _parser() -> argparse.ArgumentParser:
         "--exclude", action="append", default=[], metavar="PATTERN", help="leave these alone (may be repeated)"
     )
     quantize.add_argument(
+        "--linear", action="append", default=[], metavar="PATTERN",
+        help="these are linear layers, whatever their names say, e.g. '*embed_head*' (may be repeated)",
+    )  # fmt: skip
+    _add_transpose(quantize)
+    quantize.add_argument(
+        "--nan", default="raise", choices=["raise", "zero"],
+        help="what NaN and infinities in weights do: fail, or become 0 and the ends of the range (default: raise)",
+    )  # fmt: skip
+    quantize.add_argument(
         "--activation", action="append", default=[], metavar="PATTERN=NAME",
         help="fuse relu, gelu, gelu_tanh or silu into these layers, e.g. '*intermediate.dense=gelu' (may be repeated)",
     )  # fmt: skip
@@ -142,6 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     compare = command("compare", _compare, "measure, layer by layer, what quantization cost", working)
     compare.add_argument("float", metavar="FLOAT", help="the float checkpoint")
     compare.add_argument("quantized", metavar="QUANTIZED", help="the model made from it")
+    _add_transpose(compare)
     compare.add_argument("--picture", metavar="FILE", help="draw it too (.png, .svg, .pdf)")
 
     verify = command("verify", _verify, "check every byte of a saved model against its checksums")
@@ -154,6 +164,13 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--dtype", default="int8", choices=["int8", "int4", "fp8"], help="of weights (default: int8)")
     bench.add_argument("--seconds", type=float, default=0.3, metavar="S", help="a shape and contender (default: 0.3)")
     return parser
+
+
+def _add_transpose(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--transpose", action="append", default=[], metavar="PATTERN",
+        help="weights stored (in, out), as GPT-2's Conv1D, e.g. '*c_attn*' (may be repeated)",
+    )  # fmt: skip
 
 
 # Progress
@@ -225,7 +242,8 @@ def _quantize(options: Any) -> tuple[str, Any]:
     with _Bar(options.progress) as bar, warnings:
         model = quantize_model(
             options.input, config, options.activations, include=options.include, exclude=options.exclude,
-            activation=fused, config_json=_own_config(options), progress=bar,
+            linear=options.linear, transpose=options.transpose, nan=options.nan, activation=fused,
+            config_json=_own_config(options), progress=bar,
         )  # fmt: skip
         model.save(options.output)
     totals = model.totals
@@ -343,8 +361,8 @@ def _compare(options: Any) -> tuple[str, Any]:
     from qnative.report import compare, picture, table
 
     model = QuantizedModel.load(options.quantized, mmap=True)
-    with _Bar(options.progress) as bar:
-        reports = compare(options.float, model, progress=bar)
+    with _Bar(options.progress) as bar, _Warnings():
+        reports = compare(options.float, model, progress=bar, transpose=options.transpose)
     if options.picture:
         picture(reports, options.picture)
     columns = ["name", "shape", "sqnr", "cosine", "max_error", "bits_per_weight", "codes_used", "entropy"]

@@ -21,12 +21,14 @@ from qnative.selection import (
     Patterns,
     Rules,
     Source,
+    Transposed,
     layer_name,
     logger,
     matches,
     named_tensors,
     widen,
 )
+from qnative.stats import finite_original
 from qnative.tensor import QuantizedTensor, quantize_tensor
 from qnative.work import Progress, map_ordered, reporting
 
@@ -36,23 +38,25 @@ if TYPE_CHECKING:
 __all__ = ["quantize_model", "quantize_named_parameters"]
 
 
-def _quantize(name: str, array: NDArray[Any], code: str, config: QuantConfig) -> tuple[QuantizedTensor, float]:
+def _quantize(
+    name: str, array: NDArray[Any], code: str, config: QuantConfig, nan: str
+) -> tuple[QuantizedTensor, float]:
     """Quantize one stored weight; a function of its own so that any executor can run it."""
     x = widen(array, code)
     del array
     try:
-        quantized = quantize_tensor(x, config)
+        quantized = quantize_tensor(x, config, nan=nan)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    sqnr = quantized.sqnr(x)
+    sqnr = quantized.sqnr(x if nan == "raise" else finite_original(x, quantized))
     if code == "BF16":
         q = quantized
         quantized = QuantizedTensor(q.data, q.scale_data, q.zero_point, q.shape, "bfloat16", q.config, check=False)
     return quantized, sqnr
 
 
-#: A weight to quantize: name, array as stored, safetensors' code of its dtype, config.
-_Job: TypeAlias = "tuple[str, NDArray[Any], str, QuantConfig]"
+#: A weight to quantize: name, array as stored, safetensors' code of its dtype, config, what NaN does.
+_Job: TypeAlias = "tuple[str, NDArray[Any], str, QuantConfig, str]"
 
 
 def _quantize_job(job: _Job) -> tuple[str, tuple[QuantizedTensor, float]]:
@@ -64,6 +68,8 @@ def quantize_named_parameters(
     config: QuantConfig | None = None,
     include: Patterns = None,
     exclude: Patterns = None,
+    *,
+    nan: str = "raise",
 ) -> dict[str, QuantizedTensor | NDArray[Any]]:
     """Quantize the weights among named parameters, and leave the rest alone.
 
@@ -74,10 +80,12 @@ def quantize_named_parameters(
     config : QuantConfig, optional
         How; int8 per channel by default.
     include : str or iterable of str, optional
-        fnmatch patterns of names to quantize although their name says embedding or norm (``*embed*``, ``wte``, ``wpe``,
-        ``*norm.*``). Only floating-point parameters of rank 2 and more are ever quantized.
+        fnmatch patterns of names to quantize although their layer's name says embedding or norm (``embed_tokens``,
+        ``wte``, ``layer_norm``). Only floating-point parameters of rank 2 and more are ever quantized.
     exclude : str or iterable of str, optional
         Patterns of names to leave alone; stronger than `include`.
+    nan : {"raise", "zero"}
+        Raise at NaN and infinities, or quantize NaN as 0 and infinities as the ends of the range.
 
     Returns
     -------
@@ -90,15 +98,16 @@ def quantize_named_parameters(
         If a weight holds NaN or infinity; the message names it.
     """
     config = _config(config)
+    _check_nan(nan)
     rules = Rules(include, exclude)
     found: dict[str, QuantizedTensor | NDArray[Any]] = {}
     for name, given in params.items() if isinstance(params, Mapping) else params:
         code = dtype_code(np.asarray(given).dtype)
         if code and rules.kind(name, code, np.shape(given)):
-            found[name] = _quantize(name, *to_storage(given), config)[0]
+            found[name] = _quantize(name, *to_storage(given), config, nan)[0]
         else:
             found[name] = given
-    rules.warn_unused()
+    rules.report()
     return found
 
 
@@ -110,6 +119,11 @@ def _config(config: QuantConfig | None) -> QuantConfig:
     return config
 
 
+def _check_nan(nan: str) -> None:
+    if nan not in ("raise", "zero"):
+        raise ValueError(f"nan={nan!r} is not 'raise' or 'zero'")
+
+
 def quantize_model(
     source: Source,
     config: QuantConfig | None = None,
@@ -118,6 +132,9 @@ def quantize_model(
     include: Patterns = None,
     exclude: Patterns = None,
     *,
+    linear: Patterns = None,
+    transpose: Patterns = None,
+    nan: str = "raise",
     activation: Mapping[str, str] | None = None,
     config_json: str | Mapping[str, Any] | None = None,
     executor: Executor | None = None,
@@ -127,8 +144,9 @@ def quantize_model(
 
     Floating-point weights of rank 2 become linear layers, each with the bias that is named like it (``X.weight``,
     ``X.bias``, in any order); those of higher rank become quantized tensors. Biases, norms and embeddings stay as they
-    are, in their own dtype; embeddings (names like ``*embed*``, ``wte``, ``wpe``) that `include` names become
-    quantized tensors, of which `take` decodes the rows that are looked up.
+    are, in their own dtype; embeddings (by the layer's own name or the one before it: ``word_embeddings``,
+    ``embeddings.word``, ``wte``; not ``embed_out`` or ``embedder.0.fc``) that `include` names become quantized tensors,
+    of which `take` decodes the rows that are looked up. What is left alone for its name is logged at INFO.
 
     Parameters
     ----------
@@ -142,6 +160,14 @@ def quantize_model(
         Static inputs for the layers it names; the others take `activations`.
     include, exclude : str or iterable of str, optional
         fnmatch patterns of names (``X.weight`` or ``X``): quantize these too; leave these alone (the stronger).
+    linear : str or iterable of str, optional
+        Patterns of weights of rank 2 that are linear layers, whatever their names say; implies `include`.
+    transpose : str or iterable of str, optional
+        Patterns of linear layers whose weights are stored (in_features, out_features), as GPT-2's Conv1D stores them
+        (``*c_attn*``, ``*c_fc*``, ``*c_proj*``); they are transposed before they are quantized.
+    nan : {"raise", "zero"}
+        Raise at NaN and infinities in weights, or quantize NaN as 0 and infinities as the ends of the range; the SQNR
+        then takes them as kept exactly.
     activation : mapping of str to str, optional
         Patterns of layers and the function fused into their output: ``"relu"``, ``"gelu"``, ``"gelu_tanh"``,
         ``"silu"``. The first pattern that matches counts.
@@ -167,10 +193,12 @@ def quantize_model(
         For ``progress=True`` without tqdm.
     """
     config = _config(config)
-    rules = Rules(include, exclude)
+    _check_nan(nan)
+    rules = Rules(include, exclude, linear)
+    transposed = Transposed(transpose)
     inputs = _calibrated(calibration)
     fused = _fused(activation)
-    from_file = isinstance(source, (str, os.PathLike))
+    from_file = isinstance(source, (str, bytes, os.PathLike))
     kinds: dict[str, str] = {}
     quantized: dict[str, tuple[QuantizedTensor, float]] = {}
     untouched: dict[str, Stored] = {}
@@ -190,7 +218,10 @@ def quantize_model(
                     raise ValueError(f"{name!r}: two parameters of one layer name; rename one, or exclude it")
                 if kind is not None:
                     kinds[layer_name(name)] = kind
-                    yield name, tensor.load(), tensor.dtype, config
+                    turned = transposed(name, tensor.shape) and kind == "linear"
+                    array = np.ascontiguousarray(tensor.load().T) if turned else tensor.load()
+                    yield name, array, tensor.dtype, config, nan
+                    del array
                 else:
                     untouched[name] = Stored(tensor.load() if from_file else tensor.load().copy(), tensor.dtype)
                     tell(name)
@@ -201,7 +232,8 @@ def quantize_model(
         for name, tensor_and_sqnr in map_ordered(executor, _quantize_job, weights_to_quantize(), in_flight):
             quantized[layer_name(name)] = tensor_and_sqnr
             tell(name)
-    rules.warn_unused()
+    rules.report()
+    transposed.report()
     if not kinds:
         logger().warning("nothing was quantized: no floating-point parameter of rank 2 or more is left by the rules")
 
@@ -215,8 +247,8 @@ def quantize_model(
         if bias is not None and (bias.code not in FLOATS or bias.array.shape != result.shape[:1]):
             raise ValueError(
                 f"{name}: its bias is {bias.code} of shape {bias.array.shape}, and a weight of shape {result.shape} "
-                f"(out_features, in_features) needs floats of shape {result.shape[:1]}; transpose the weight, "
-                f"or exclude {name!r}"
+                f"(out_features, in_features) needs floats of shape {result.shape[:1]}; pass transpose={name!r} if "
+                f"the weight is stored the other way round, or exclude {name!r}"
             )
         weights[name] = linear_layer(
             name, result, sqnr, bias=bias, activations=inputs.pop(name, activations), activation=fused(name)

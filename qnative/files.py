@@ -26,7 +26,7 @@ import stat
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,14 +40,19 @@ __all__ = [
     "FormatError",
     "JSONFile",
     "NamedTensor",
+    "Path",
     "SafetensorsFile",
     "TensorInfo",
     "dtype_code",
+    "exact_keys",
     "open_file",
     "to_storage",
     "write_json",
     "write_safetensors",
 ]
+
+#: How a file may be named; bytes too, as the system has them.
+Path: TypeAlias = "str | bytes | os.PathLike[Any]"
 
 FORMAT_VERSION = "1"
 
@@ -223,9 +228,9 @@ def json_cost(data: bytes) -> int:
 def parse_json(data: bytes, where: str, allowance: int) -> Any:
     """Parse JSON text that nobody vouches for.
 
-    Refuses duplicate keys (parsers disagree on which one counts), NaN and infinity tokens, nesting beyond the
-    interpreter's limit, invalid UTF-8, lone surrogates, and text whose structure alone would take more than
-    `allowance` bytes.
+    Refuses duplicate keys (parsers disagree on which one counts), NaN and infinity tokens, numbers beyond the range of
+    a float and whole numbers beyond 64 bits, nesting beyond the interpreter's limit, invalid UTF-8, lone surrogates,
+    and text whose structure alone would take more than `allowance` bytes.
 
     Parameters
     ----------
@@ -257,8 +262,25 @@ def parse_json(data: bytes, where: str, allowance: int) -> Any:
     def constant(token: str) -> None:
         raise FormatError(f"{where}: {token} is not a JSON number")
 
+    def whole(token: str) -> int:
+        if len(token) > 20 or not -(1 << 63) <= int(token) < 1 << 64:
+            raise FormatError(f"{where}: the number {token[:40]} is beyond 64 bits")
+        return int(token)
+
+    def fraction(token: str) -> float:
+        value = float(token)
+        if not math.isfinite(value):
+            raise FormatError(f"{where}: the number {token[:40]} is beyond what a float holds")
+        return value
+
     try:
-        found = json.loads(data.decode("utf-8"), object_pairs_hook=pairs, parse_constant=constant)
+        found = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=pairs,
+            parse_constant=constant,
+            parse_int=whole,
+            parse_float=fraction,
+        )
         if b"\\u" in data:  # only an escape can spell half a character
             json.dumps(found, ensure_ascii=False).encode("utf-8")
         return found
@@ -270,14 +292,14 @@ def parse_json(data: bytes, where: str, allowance: int) -> Any:
         raise FormatError(f"{where}: not valid JSON ({error})") from None
 
 
-def _keys(found: Any, expected: Iterable[str], where: str) -> dict[str, Any]:
+def exact_keys(found: Any, expected: Iterable[str], where: str) -> dict[str, Any]:
     """Return `found` when it is an object with exactly the expected keys."""
     expected = set(expected)
     if not isinstance(found, dict):
         raise FormatError(f"{where}: must be a JSON object, not {type(found).__name__}")
     for key in found:
         if key not in expected:
-            raise FormatError(f"{where}: unknown key {key!r}")
+            raise FormatError(f"{where}: unknown key {key[:80]!r}")
     missing = sorted(expected - set(found))
     if missing:
         raise FormatError(f"{where}: missing key {missing[0]!r}")
@@ -303,11 +325,10 @@ def _shaped(flat: NDArray[Any], info: TensorInfo, where: str) -> NDArray[Any]:
 # Reading
 
 
-def _opened(path: str | os.PathLike[str]) -> io.FileIO:
+def _opened(path: str) -> io.FileIO:
     """Open a regular file unbuffered; anything else (a folder, a pipe, a device) is refused before it is opened."""
     import io
 
-    path = os.fspath(path)
     status = os.stat(path)
     if stat.S_ISDIR(status.st_mode):
         raise IsADirectoryError(f"{path} is a folder; give the file in it")
@@ -341,9 +362,9 @@ class _Reader:
         qnative's own values; None in a file that is not qnative's.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = os.fsdecode(path)
-        self._file = _opened(path)
+        self._file = _opened(self.path)
         self.size = os.fstat(self._file.fileno()).st_size
         self.tensors: dict[str, TensorInfo] = {}
         self.document: dict[str, Any] | None = None
@@ -398,7 +419,7 @@ class _Reader:
         crc32 = document.pop("crc32", None)
         if not isinstance(crc32, dict) or any(not isinstance(v, str) for v in crc32.values()):
             raise FormatError(f"{where}: must be an object of checksums")
-        self._crc32 = _keys(crc32, self.tensors, where)
+        self._crc32 = exact_keys(crc32, self.tensors, where)
         self.document = document
 
     def _digest(self, name: str, found: Any) -> str:
@@ -454,7 +475,7 @@ class SafetensorsFile(_Reader):
         If the file breaks a rule of the format.
     """
 
-    def __init__(self, path: str | os.PathLike[str], mmap: bool = False) -> None:
+    def __init__(self, path: Path, mmap: bool = False) -> None:
         self._mmap = mmap
         self._map: NDArray[np.uint8] | None = None
         self.metadata: dict[str, str] = {}
@@ -501,7 +522,7 @@ class SafetensorsFile(_Reader):
 
     def _info(self, name: str, entry: Any) -> TensorInfo:
         where = f"{self.path}: {name}"
-        _keys(entry, ("dtype", "shape", "data_offsets"), where)
+        exact_keys(entry, ("dtype", "shape", "data_offsets"), where)
         code, offsets = entry["dtype"], entry["data_offsets"]
         code = code if isinstance(code, str) else str(code)
         bits = STORAGE[code].numpy.itemsize * 8 if code in STORAGE else _OTHER_BITS.get(code)
@@ -636,7 +657,7 @@ class JSONFile(_Reader):
 
     def _info(self, name: str, entry: Any) -> TensorInfo:
         where = f"{self.path}: {name}"
-        _keys(entry, ("dtype", "shape", "data", "crc32"), where)
+        exact_keys(entry, ("dtype", "shape", "data", "crc32"), where)
         code, data = entry["dtype"], entry["data"]
         if not isinstance(code, str) or code not in STORAGE:
             raise FormatError(f"{where}: unknown dtype {str(code)[:40]!r}")
@@ -675,28 +696,30 @@ class JSONFile(_Reader):
             raise FormatError(f"{self.path}: damaged: its text is not what was saved; fetch or make the file again")
 
 
-def open_file(path: str | os.PathLike[str], mmap: bool = False) -> SafetensorsFile | JSONFile:
+def open_file(path: Path, mmap: bool = False) -> SafetensorsFile | JSONFile:
     """Open a container by its suffix: ``.json`` is JSON, everything else safetensors."""
-    return JSONFile(path) if os.fspath(path).lower().endswith(".json") else SafetensorsFile(path, mmap)
+    path = os.fsdecode(path)
+    return JSONFile(path) if path.lower().endswith(".json") else SafetensorsFile(path, mmap)
 
 
 # Writing
 
 
 @contextlib.contextmanager
-def _atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+def _atomic(path: Path) -> Iterator[BinaryIO]:
     """Write a file that appears at `path` whole or not at all.
 
     The bytes go to a temporary file in the same folder, reach the disk, and take the target's name in one step, so
     that a crash leaves the old file or the new one and a process that has the old one mapped keeps it. On any
     exception the temporary file is removed. A new file gets the mode the umask leaves; a replaced one keeps its own.
     """
-    target = os.path.realpath(os.fspath(path))
+    target = os.path.realpath(os.fsdecode(path))
     folder, name = os.path.split(target)
     if os.path.isdir(target):
         raise IsADirectoryError(f"{target} is a folder; give the name of a file in it")
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
-    temporary = os.path.join(folder, f".{name[:100]}.{os.urandom(8).hex()}.tmp")
+    stem = os.fsencode(name)[:100].decode("utf-8", "ignore")  # file systems count bytes
+    temporary = os.path.join(folder, f".{stem}.{os.urandom(8).hex()}.tmp")
     try:
         descriptor = os.open(temporary, flags, 0o666)
     except OSError as error:
@@ -739,7 +762,7 @@ def _dumps(value: Any) -> str:
 
 
 def write_safetensors(
-    path: str | os.PathLike[str], tensors: Iterable[NamedTensor], document: Mapping[str, Any]
+    path: Path, tensors: Iterable[NamedTensor], document: Mapping[str, Any], check: Callable[[int], None] | None = None
 ) -> None:
     """Write a safetensors file of qnative's own, atomically, one tensor in memory at a time.
 
@@ -751,6 +774,8 @@ def write_safetensors(
         Written widest dtype first, then by name, so that each is aligned to its own size.
     document : mapping of str to object
         JSON values that go into ``__metadata__``.
+    check : callable, optional
+        Called with the file's size before anything is written; what it raises leaves the old file.
 
     Raises
     ------
@@ -785,6 +810,8 @@ def write_safetensors(
             f"the header would have {len(blank)} bytes for {offset} bytes of data, out of proportion; "
             "merge small tensors, or shorten config_json"
         )
+    if check is not None:
+        check(size)
     with _atomic(path) as file:
         file.write(struct.pack("<Q", len(blank)) + blank)
         data, crc32 = hashlib.sha256(), {}
@@ -800,7 +827,9 @@ def write_safetensors(
         file.write(header(crc32, data.hexdigest(), own))
 
 
-def write_json(path: str | os.PathLike[str], tensors: Iterable[NamedTensor], document: Mapping[str, Any]) -> None:
+def write_json(
+    path: Path, tensors: Iterable[NamedTensor], document: Mapping[str, Any], check: Callable[[int], None] | None = None
+) -> None:
     """Write a JSON file of qnative's own, atomically, one tensor in memory at a time.
 
     Parameters
@@ -811,6 +840,8 @@ def write_json(path: str | os.PathLike[str], tensors: Iterable[NamedTensor], doc
         Written in the order of their names.
     document : mapping of str to object
         JSON values that become members of the one object.
+    check : callable, optional
+        Called with the file's size before it takes its name; what it raises leaves the old file.
 
     Raises
     ------
@@ -847,5 +878,7 @@ def write_json(path: str | os.PathLike[str], tensors: Iterable[NamedTensor], doc
                 write(binascii.b2a_base64(buffer[at : at + 3 * _CHUNK], newline=False))
             write(b'"}')
         write(b"\n }\n}\n")
+        if check is not None:
+            check(file.tell())
         file.seek(text.index(_NO_DIGEST))
         file.write(digest.hexdigest().encode("ascii"))

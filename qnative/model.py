@@ -17,19 +17,32 @@ from numpy.typing import NDArray
 from qnative.checkpoint import (
     Stored,
     Weight,
+    check_packing,
     decode_document,
     encode_layer,
     layer_document,
     saved_names,
     scheme_of,
 )
-from qnative.files import STORAGE, FormatError, NamedTensor, open_file, to_storage, write_json, write_safetensors
+from qnative.files import (
+    STORAGE,
+    FormatError,
+    NamedTensor,
+    Path,
+    SafetensorsFile,
+    open_file,
+    write_json,
+    write_safetensors,
+)
 from qnative.linear import QuantizedLinear
 from qnative.selection import layer_name, logger
-from qnative.stats import QuantStats, layer_stats, total_stats
+from qnative.stats import QuantStats, finite_original, layer_stats, total_stats
 from qnative.tensor import QuantizedTensor
 
 __all__ = ["QuantizedModel", "quantization_stats"]
+
+#: How many times its file's size a model may take, all layers packed: a safetensors file, a JSON file.
+_FACTOR, _JSON_FACTOR = 2, 16
 
 
 class QuantizedModel(Mapping[str, Any]):
@@ -68,7 +81,7 @@ class QuantizedModel(Mapping[str, Any]):
         untouched: dict[str, Stored] = {}
         for name, item in items.items():
             if isinstance(item, QuantizedLinear):
-                bias = None if item.bias is None else Stored(*to_storage(np.array(item.bias)))
+                bias = None if item.bias is None else Stored.copy(item.bias)
                 weights[name] = Weight(
                     name, "linear", item, bias=bias, activations=item.activations, activation=item.activation,
                     output=item.output,
@@ -76,7 +89,7 @@ class QuantizedModel(Mapping[str, Any]):
             elif isinstance(item, QuantizedTensor):
                 weights[name] = Weight(name, "tensor", item)
             else:
-                untouched[name] = Stored(*to_storage(np.array(item)))
+                untouched[name] = Stored.copy(item)
         self._assemble(weights, untouched, config_json)
 
     @classmethod
@@ -202,7 +215,7 @@ class QuantizedModel(Mapping[str, Any]):
 
     # Files
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: Path) -> None:
         """Save to one file, atomically: after a crash at any moment there is the old file or the new one.
 
         Parameters
@@ -213,13 +226,15 @@ class QuantizedModel(Mapping[str, Any]):
         Raises
         ------
         ValueError
-            For another suffix, or what the format cannot hold.
+            For another suffix, what the format cannot hold, or a model that packing would make out of proportion to
+            its file, which `load` refuses.
         OSError
             If the file cannot be written; an old one is then as it was.
         """
-        suffix = os.path.splitext(os.fsdecode(path))[1].lower()
+        path = os.fsdecode(path)
+        suffix = os.path.splitext(path)[1].lower()
         if suffix not in (".safetensors", ".json"):
-            raise ValueError(f"{os.fsdecode(path)}: a model is saved as .safetensors or .json, not {suffix!r}")
+            raise ValueError(f"{path}: a model is saved as .safetensors or .json, not {suffix!r}")
         document = {
             "scheme": self.scheme,
             "layers": {name: layer_document(weight) for name, weight in self._weights.items()},
@@ -228,12 +243,15 @@ class QuantizedModel(Mapping[str, Any]):
         tensors = [NamedTensor.of_storage(n, s.array, s.code) for n, s in self._untouched.items()]
         for name, weight in self._weights.items():
             tensors += encode_layer(name, weight)
-        (write_json if suffix == ".json" else write_safetensors)(path, tensors, document)
-        logger().info("saved %s: %s", os.fsdecode(path), self)
+        write, factor = (write_json, _JSON_FACTOR) if suffix == ".json" else (write_safetensors, _FACTOR)
+        write(path, tensors, document, lambda size: check_packing(self._weights, self._untouched, size, factor))
+        logger().info("saved %s: %s", path, self)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], mmap: bool = False, verify: bool = False) -> QuantizedModel:
+    def load(cls, path: Path, mmap: bool = False, verify: bool = False) -> QuantizedModel:
         """Load what `save` saved; nothing in the file is trusted.
+
+        A model takes at most twice its safetensors file's size (16 times that of JSON) and 16 MiB, all layers packed.
 
         Parameters
         ----------
@@ -262,12 +280,15 @@ class QuantizedModel(Mapping[str, Any]):
                 file.verify()
             weights, untouched, config_json = decode_document(file)
             try:
+                check_packing(
+                    weights, untouched, file.size, _FACTOR if isinstance(file, SafetensorsFile) else _JSON_FACTOR
+                )
                 return cls.of(weights, untouched, config_json)
             except ValueError as error:
                 raise FormatError(f"{file.path}: {error}") from None
 
     @staticmethod
-    def verify(path: str | os.PathLike[str]) -> None:
+    def verify(path: Path) -> None:
         """Check a saved model: every byte against its checksums, and everything `load` checks.
 
         Raises
@@ -330,6 +351,6 @@ def quantization_stats(
             continue
         if params is not None and name not in params:
             raise ValueError(f"{name}: not among params; give the parameters that were quantized")
-        sqnr = None if params is None else float(value.sqnr(np.asarray(params[name])))
+        sqnr = None if params is None else float(value.sqnr(finite_original(np.asarray(params[name]), value)))
         layers.append(layer_stats(name, value, sqnr))
     return total_stats(layers, [(x.size, x.nbytes) for x in rest])

@@ -15,7 +15,8 @@ from qnative import _core
 from qnative.config import QuantConfig
 from qnative.floats import decode
 from qnative.model import QuantizedModel
-from qnative.selection import Source, layer_name, named_tensors, widen
+from qnative.selection import Patterns, Source, Transposed, layer_name, named_tensors, widen
+from qnative.stats import finite_original
 from qnative.tensor import QuantizedTensor, error_measures
 from qnative.work import reporting
 
@@ -102,7 +103,7 @@ def report_tensor(name: str, x: ArrayLike, quantized: QuantizedTensor) -> LayerR
     name : str
         What the report calls it.
     x : array_like of float
-        The original, of the tensor's shape.
+        The original, of the tensor's shape; what is not finite in it counts as kept exactly.
     quantized : QuantizedTensor
         The tensor.
 
@@ -110,7 +111,7 @@ def report_tensor(name: str, x: ArrayLike, quantized: QuantizedTensor) -> LayerR
     -------
     LayerReport
     """
-    measures = error_measures(x, quantized)
+    measures = error_measures(finite_original(np.asarray(x), quantized), quantized)
     codes, histogram = _histogram(quantized)
     return LayerReport(
         name, quantized.shape, quantized.config, **measures,
@@ -138,6 +139,8 @@ def compare(
     source: Source,
     quantized: QuantizedModel | Mapping[str, Any],
     progress: Callable[[int, int | None, str], Any] | bool | None = None,
+    *,
+    transpose: Patterns = None,
 ) -> list[LayerReport]:
     """Compare a quantized model, layer by layer, with the checkpoint it was made from.
 
@@ -149,6 +152,8 @@ def compare(
         The model, or what `quantize_named_parameters` returned.
     progress : callable or bool, optional
         As for `quantize_model`.
+    transpose : str or iterable of str, optional
+        The patterns that `quantize_model` was given.
 
     Returns
     -------
@@ -167,16 +172,23 @@ def compare(
         find = quantized.__getitem__
         names = [name for name, value in quantized.items() if isinstance(value, QuantizedTensor)]
     found: dict[str, LayerReport | None] = dict.fromkeys(names)
+    transposed = Transposed(transpose)
     with named_tensors(source) as (tensors, total), reporting(progress, total, "tensor") as report_progress:
         for done, tensor in enumerate(tensors, 1):
             name = tensor.name if tensor.name in found else layer_name(tensor.name)
             if name in found:
                 weight = find(name)
-                if tensor.shape != weight.shape:
-                    raise ValueError(f"{name}: the checkpoint has shape {tensor.shape}, the model {weight.shape}")
-                found[name] = report_tensor(name, widen(tensor.load(), tensor.dtype), weight)
+                turned = transposed(tensor.name, tensor.shape)
+                shape = tensor.shape[::-1] if turned else tensor.shape
+                if shape != weight.shape:
+                    hint = f"; pass transpose={name!r}" if shape[::-1] == weight.shape and not turned else ""
+                    raise ValueError(f"{name}: the checkpoint has shape {shape}, the model {weight.shape}{hint}")
+                x = widen(tensor.load(), tensor.dtype)
+                found[name] = report_tensor(name, x.T if turned else x, weight)
+                del x
             report_progress(done, tensor.name)
             del tensor
+    transposed.report()
     reports = [report for report in found.values() if report is not None]
     if len(reports) < len(found):
         missing = [name for name, report in found.items() if report is None]
@@ -295,7 +307,7 @@ def picture(reports: Iterable[LayerReport], path: str | os.PathLike[str], title:
     if title is None:
         title = f"What quantization cost: {len(rows)} layers, {_config_name(rows)}"
     figure.suptitle(_plain(title), x=0.01, ha="left", fontsize=14, fontweight="bold", color=_INK, parse_math=False)
-    figure.savefig(os.fspath(path), dpi=130)
+    figure.savefig(os.fsdecode(path), dpi=130)
 
 
 def _plain(text: str, limit: int = 200) -> str:

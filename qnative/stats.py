@@ -7,14 +7,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from qnative.config import QuantConfig
-from qnative.files import STORAGE
-from qnative.selection import FLOATS
+from qnative.selection import FLOAT_SIZES
 from qnative.tensor import QuantizedTensor
 
-__all__ = ["LayerStats", "QuantStats", "layer_stats", "plain_sqnr", "total_stats"]
-
-_ITEMSIZE = {STORAGE[code].name: STORAGE[code].numpy.itemsize for code in FLOATS}
+__all__ = ["LayerStats", "QuantStats", "finite_original", "layer_stats", "plain_sqnr", "total_stats"]
 
 
 @dataclass(frozen=True)
@@ -125,9 +125,17 @@ def plain_sqnr(sqnr: float | None) -> float | str | None:
     return sqnr if sqnr is None or math.isfinite(sqnr) else str(sqnr)
 
 
+def finite_original(x: NDArray[Any], q: QuantizedTensor) -> NDArray[Any]:
+    """Return an original to compare with: what is not finite in it (``nan="zero"``) counts as kept exactly."""
+    bad = ~np.isfinite(x)
+    if x.shape != q.shape or not bad.any():
+        return x
+    return np.where(bad, q.dequantize().astype(x.dtype), x)
+
+
 def layer_stats(name: str, q: QuantizedTensor, sqnr: float | None) -> LayerStats:
     """Count one quantized weight."""
-    return LayerStats(name, q.shape, q.dtype, q.config, q.numel * _ITEMSIZE[q.dtype], q.nbytes, sqnr)
+    return LayerStats(name, q.shape, q.dtype, q.config, q.numel * FLOAT_SIZES[q.dtype], q.nbytes, sqnr)
 
 
 def total_stats(layers: Iterable[LayerStats], rest: Iterable[tuple[int, int]]) -> QuantStats:

@@ -183,6 +183,7 @@ def test_failures_say_what_to_do(checkpoint: Path, tmp_path: Path, capsys: Captu
         capsys, "quantize", checkpoint, out, "--dtype", "fp8", "--mode", "asymmetric"
     )
     assert "group_size=0" in fails(capsys, "quantize", checkpoint, out, "--group-size", 0)
+    assert "group_size=99" in fails(capsys, "quantize", checkpoint, out, "--dtype", "int4", "--group-size", "9" * 20)
     assert not out.exists(), "nothing is left of a command that failed"
     ok(capsys, "quantize", checkpoint, out)
     assert "quantized already" in fails(capsys, "quantize", out, tmp_path / "r.safetensors")
@@ -217,6 +218,34 @@ def test_names_of_a_file_cannot_write_to_the_terminal(tmp_path: Path, capsys: Ca
     bad = np.full((2, 2), np.nan, np.float32)
     safetensors.numpy.save_file({evil: bad}, tmp_path / "c.safetensors")
     assert "\x1b" not in fails(capsys, "quantize", tmp_path / "c.safetensors", path)
+
+
+def test_linear_transpose_and_nan(tmp_path: Path, capsys: Capture) -> None:
+    rng = np.random.default_rng(0)
+    path, out = tmp_path / "m.safetensors", tmp_path / "q.safetensors"
+    attn = rng.standard_normal((16, 12)).astype(np.float32)
+    embed = rng.standard_normal((20, 16)).astype(np.float32)
+    embed[0, 0] = np.nan
+    safetensors.numpy.save_file({"c_attn.weight": attn, "embed.weight": embed}, path)
+    assert "pass nan=" in fails(capsys, "quantize", path, out, "--linear", "embed", "--transpose", "*c_attn*")
+    ok(capsys, "quantize", path, out, "--linear", "embed", "--transpose", "*c_attn*", "--nan", "zero")
+    model = qn.QuantizedModel.load(out)
+    assert model["c_attn"].out_features == 12 and model["embed"].out_features == 20
+    assert "pass transpose=" in fails(capsys, "compare", path, out)
+    assert len(json.loads(ok(capsys, "compare", path, out, "--transpose", "c_attn", "--json"))["layers"]) == 2
+    assert main(["quantize", str(path), str(out)]) == 0
+    assert "qnative: warning: 'c_attn.weight' and 0 more are named like GPT-2's" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [OverflowError("too large"), MemoryError()])
+def test_no_error_of_size_is_a_traceback(
+    error: Exception, checkpoint: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any, **settings: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("qnative.conversion.quantize_tensor", fail)
+    assert (str(error) or "MemoryError") in fails(capsys, "quantize", checkpoint, tmp_path / "q.json")
 
 
 def test_warnings_go_to_standard_error(checkpoint: Path, tmp_path: Path, capsys: Capture) -> None:

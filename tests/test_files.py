@@ -151,6 +151,10 @@ BAD_OWN: dict[str, bytes] = {
     "a value that is not JSON": own(qnative_layers="{"),
     "a value with a key twice": own(qnative_layers='{"a":1,"a":1}'),
     "a value with NaN": own(qnative_layers="NaN"),
+    "a value beyond a float": own(qnative_layers="1e999"),
+    "a value beyond a float, negative": own(qnative_layers='{"sqnr": -1e400}'),
+    "a whole number of 23 digits": own(qnative_layers="[12345678901234567890123]"),
+    "a whole number below 64 bits": own(qnative_layers="-9223372036854775809"),
     "a value nested too deeply": own(qnative_layers="[" * 20_000 + "]" * 20_000),
     "a value of half a character": own(qnative_layers='"\\ud800"'),
     "a value that is a bomb": own(qnative_layers="[" + "[]," * 200_000 + "[]]"),
@@ -559,6 +563,31 @@ def test_mode_of_new_and_replaced_files(tmp_path: Path) -> None:
         assert mode(path) == 0o600, "a private file stays private"
     finally:
         os.umask(old)
+
+
+@posix
+@pytest.mark.parametrize("letter", ["x", "é", "語", "𝄞"])
+def test_the_longest_names(letter: str, tmp_path: Path) -> None:
+    """File systems count a name's bytes, and the temporary file's name must fit as well."""
+    count = (255 - len(".safetensors")) // len(letter.encode())
+    path = tmp_path / (letter * count + ".safetensors")
+    files.write_safetensors(path, tensors_of(1.0), {})
+    files.write_safetensors(os.fsencode(path), tensors_of(2.0), {})
+    with files.open_file(os.fsencode(path)) as file:
+        assert (file.read("t0") == 2.0).all() and file.path == str(path)
+    assert os.listdir(tmp_path) == [path.name]
+
+
+@posix
+@pytest.mark.skipif(sys.platform == "darwin", reason="names are UTF-8 there")
+@pytest.mark.parametrize("suffix", [b".safetensors", b".json"])
+def test_names_that_are_no_text(suffix: bytes, tmp_path: Path) -> None:
+    path = os.fsencode(tmp_path) + b"/\xff\xfe" + suffix
+    write = files.write_json if suffix == b".json" else files.write_safetensors
+    write(path, tensors_of(1.0), {})
+    with files.open_file(path) as file:
+        file.verify()
+        assert (file.read("t0") == 1.0).all()
 
 
 @posix

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 import qnative as qn
 from qnative import files
+from qnative.checkpoint import packed_bytes
 from qnative.stats import LayerStats
 
 INTEGERS = ("int8", "uint8", "int4", "uint4")
@@ -109,7 +110,9 @@ def test_include_adds_and_exclude_wins() -> None:
 @pytest.mark.parametrize(
     "name",
     ["embeddings.word.weight", "model.Embed_tokens.weight", "transformer.wte.weight", "wpe", "h.0.ln_norm.weight",
-     "LayerNorm.weight", "relative_attention_bias.weight", "x.bias"],
+     "LayerNorm.weight", "relative_attention_bias.weight", "x.bias", "bert.embeddings.word_embeddings.weight",
+     "wte.weight", "embed_tokens.weight", "embeddings.weight", "embedding.weight", "token_embed.weight",
+     "position_embeddings.weight", "gpt_neox.embed_in.weight", "embeddings.0.weight", "norm.scale"],
 )  # fmt: skip
 def test_names_that_are_left_alone(name: str) -> None:
     model = qn.quantize_model({name: weights(4, 4)})
@@ -117,8 +120,12 @@ def test_names_that_are_left_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["fc.weight", "prenorm.fn.fc.weight", "w1", "attention.self.query.weight", "wtell.weight"]
-)
+    "name",
+    ["fc.weight", "prenorm.fn.fc.weight", "w1", "attention.self.query.weight", "wtell.weight",
+     "time_embedding.linear_1.weight", "embed_out.weight", "embedder.encoder.0.fc.weight", "time_embed.0.weight",
+     "embeddings_project.weight", "unembed.weight", "x_embedder.proj.weight",
+     "encoder.embedding_hidden_mapping_in.weight"],
+)  # fmt: skip
 def test_names_that_are_linear(name: str) -> None:
     assert qn.quantize_model({name: weights(4, 4)}).names("linear") == [name.removesuffix(".weight")]
 
@@ -168,6 +175,74 @@ def test_nan_is_reported_with_its_name() -> None:
     for call in (qn.quantize_named_parameters, qn.quantize_model):
         with pytest.raises(ValueError, match=r"^fc\.weight: 1 of 16 values are NaN"):
             call({"fc.weight": bad})
+
+
+def test_linear_forces_what_a_name_hides(caplog: pytest.LogCaptureFixture) -> None:
+    params = checkpoint()
+    with caplog.at_level(logging.INFO, "qnative"):
+        qn.quantize_model(params)
+    assert [(r.levelname, r.getMessage().rpartition(": ")[2]) for r in caplog.records] == [
+        ("INFO", "embed.tokens.weight, wpe.weight")
+    ]
+    model = qn.quantize_model(params, linear=["wpe", "conv"], include="*embed*")
+    assert model.names("linear") == ["wpe", "layer.0.ffn", "layer.0.out", "table"]
+    assert model.names("tensor") == ["embed.tokens", "conv"]
+    x = weights(2, 8)
+    np.testing.assert_array_equal(model["wpe"](x), qn.QuantizedLinear.from_float(params["wpe.weight"])(x))
+    assert "wpe" not in qn.quantize_model(params, linear="wpe", exclude="wpe").names("linear")
+    caplog.clear()
+    qn.quantize_model(params, linear="*nothing*")
+    assert "linear pattern '*nothing*' matches no parameter" in caplog.messages
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("columns", [8, 12])
+def test_transposed_weights(columns: int, dtype: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """GPT-2's layers store (in, out); only the caller can tell, most of all where the weight is square."""
+    stored, bias = weights(8, columns).astype(dtype), np.arange(columns, dtype=np.float32)
+    params = {"h.0.attn.c_attn.weight": stored, "h.0.attn.c_attn.bias": bias, "fc.weight": weights(4, 8)}
+    model = qn.quantize_model(params, transpose="*c_attn*")
+    expected = qn.QuantizedLinear.from_float(np.ascontiguousarray(stored.T), bias)
+    x = weights(3, 8, 1)
+    np.testing.assert_array_equal(model["h.0.attn.c_attn"](x), expected(x))
+    assert model["fc"].out_features == 4 and not caplog.records
+    reports = {r.name: r.sqnr for r in qn.compare(params, model, transpose="*c_attn*")}
+    assert reports == model.totals.sqnr and not caplog.records
+    if columns != 8:
+        with pytest.raises(ValueError, match=r"the model \(12, 8\); pass transpose='h.0.attn.c_attn'"):
+            qn.compare(params, model)
+
+
+def test_weights_that_seem_transposed_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    square = {f"h.{i}.{name}.weight": weights(8, 8) for i in range(2) for name in ("attn.c_proj", "mlp.c_fc")}
+    qn.quantize_model(square, transpose="*c_proj*")
+    assert len(caplog.messages) == 1 and caplog.records[0].levelname == "WARNING"
+    assert "'h.0.mlp.c_fc.weight' and 1 more" in caplog.messages[0] and "transpose=" in caplog.messages[0]
+    caplog.clear()
+    qn.quantize_model(square, transpose=["*.c_*", "never"])
+    assert caplog.messages == ["transpose pattern 'never' matches no parameter"]
+
+
+@pytest.mark.parametrize("executor", [None, concurrent.futures.ThreadPoolExecutor])
+def test_nan_becomes_zero_where_that_is_asked_for(executor: Any, tmp_path: Path) -> None:
+    bad = weights(4, 4)
+    bad[1, 2], bad[2, 0], bad[3, 3] = np.nan, np.inf, -np.inf
+    for dtype in (np.float32, ml_dtypes.bfloat16):
+        params = {"fc.weight": bad.astype(dtype)}
+        model = qn.quantize_model(params, nan="zero", executor=executor and executor(1))
+        expected = qn.quantize_tensor(bad.astype(dtype), qn.QuantConfig.int8_per_channel(), nan="zero")
+        np.testing.assert_array_equal(model.tensor("fc").codes, expected.codes)
+        assert model.tensor("fc").codes[1, 2] == 0 and model.tensor("fc").codes[2, 0] == 127
+        assert 30 < model.totals.sqnr["fc"] < 70
+        found = qn.quantize_named_parameters(params, nan="zero")
+        same_tensor(found["fc.weight"], expected)
+        assert math.isfinite(qn.quantization_stats(found, params).sqnr["fc.weight"])
+        assert math.isfinite(qn.compare(params, model)[0].sqnr)
+        model.save(tmp_path / "m.safetensors")
+        same_model(model, qn.QuantizedModel.load(tmp_path / "m.safetensors"))
+    for call in (qn.quantize_named_parameters, qn.quantize_model):
+        with pytest.raises(ValueError, match="nan='no' is not"):
+            call({}, nan="no")
 
 
 # What it came to
@@ -354,7 +429,7 @@ def test_a_bias_is_found_in_any_order(first: str) -> None:
 
 def test_a_bias_that_does_not_fit() -> None:
     for bias in (np.zeros(3, np.float32), np.zeros((4, 1), np.float32), np.zeros(4, np.int64)):
-        with pytest.raises(ValueError, match=r"a: its bias is .*transpose the weight, or exclude 'a'"):
+        with pytest.raises(ValueError, match=r"a: its bias is .*pass transpose='a' .* or exclude 'a'"):
             qn.quantize_model({"a.weight": weights(4, 3), "a.bias": bias})
     model = qn.quantize_model({"a.weight": weights(4, 3), "a.bias": np.zeros(3, np.float32)}, exclude="a")
     assert model.names("untouched") == ["a.weight", "a.bias"]
@@ -994,7 +1069,9 @@ BAD_MODELS: dict[str, tuple[Callable[[Document, Tensors], None], str]] = {
     "config with axis 1": (layer("i8", "config.axis", 1), "i8.weight_scale is F32 of shape"),
     "config with axis true": (layer("i8", "config.axis", True), "i8: config"),
     "config with a group of 0": (layer("i4", "config.group_size", 0), "i4: config"),
-    "config with a group of 2**70": (layer("i4", "config.group_size", 2**70), "i4"),
+    "config with a group of 2**70": (layer("i4", "config.group_size", 2**70), "beyond 64 bits"),
+    "config with a group of 2**64 - 1": (layer("i4", "config.group_size", 2**64 - 1), "i4: config: group_size=1844"),
+    "SQNR beyond a float": (layer("i8", "sqnr", 10**300), "beyond 64 bits"),
     "config with a scale dtype": (layer("i8", "config.scale_dtype", "float8"), "i8: config"),
     "config that says float16 scales": (layer("i8", "config.scale_dtype", "float16"), "scale is F32 .*must be F16"),
     "int8 called uint8": (layer("i8", "config.dtype", "uint8"), "i8.weight is I8 .*must be U8"),
@@ -1085,6 +1162,78 @@ def test_a_loaded_model_never_fails_later(suffix: str, tmp_path: Path) -> None:
         model[name].take([0])
     model.save(tmp_path / f"again{suffix}")
     assert (tmp_path / f"again{suffix}").read_bytes() == path.read_bytes()
+
+
+PACKED = [
+    qn.QuantConfig.int8(), qn.QuantConfig.int8_per_channel(), qn.QuantConfig.int8_per_channel().asymmetric(),
+    qn.QuantConfig("uint8"), qn.QuantConfig("uint8").asymmetric(), qn.QuantConfig("uint4"),
+    qn.QuantConfig.int4_per_group(1), qn.QuantConfig.int4_per_group(9).asymmetric(), qn.QuantConfig.int4(),
+    qn.QuantConfig.int8().per_group(32), qn.QuantConfig.int8().per_group(5).asymmetric(),
+    qn.QuantConfig.fp8().per_channel(), qn.QuantConfig.fp8().per_group(16),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", PACKED, ids=str)
+def test_packed_bytes_are_known_before_packing(config: qn.QuantConfig) -> None:
+    for shape in ((1, 2), (16, 8), (17, 9), (5, 40), (33, 100), (0, 7), (3, 0)):
+        for bias in (None, np.ones(shape[0], np.float32)):
+            weight = weights(*shape)
+            weight[:1, :1], weight[-1:, -1:] = -1, 2  # no zero point at an end of the codes
+            layer = qn.QuantizedLinear.from_float(weight, bias, config)
+            assert packed_bytes(shape, config, bias is not None) == layer.nbytes
+
+
+def test_a_model_that_packing_would_make_huge_is_neither_saved_nor_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = qn.QuantConfig.int8()
+    wide = {f"l{i}.weight": weights(1, 1 << 20, i) for i in range(2)}  # 16 MiB each when packed
+    for suffix in SUFFIXES:
+        path = tmp_path / f"m{suffix}"
+        qn.quantize_model({"l0.weight": wide["l0.weight"]}, config).save(path)
+        assert qn.QuantizedModel.load(path)["l0"].nbytes > 16 << 20
+    path, model = tmp_path / "m.safetensors", qn.quantize_model(wide, config)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"^l0: packing grows .*use larger groups, or keep layers of few outputs"):
+        model.save(path)
+    assert path.read_bytes() == before and sorted(os.listdir(tmp_path)) == ["m.json", "m.safetensors"]
+    model.save(tmp_path / "m.json")
+    with monkeypatch.context() as patched:
+        patched.setattr("qnative.model.check_packing", lambda *a: None)
+        model.save(path)
+    for mapped in (False, True):
+        with pytest.raises(qn.FormatError, match=r"m\.safetensors: l0: packing grows its"):
+            qn.QuantizedModel.load(path, mmap=mapped)
+    with monkeypatch.context() as patched:
+        patched.setattr("qnative.model._JSON_FACTOR", 1)
+        with pytest.raises(ValueError, match="l0: packing grows"):
+            model.save(tmp_path / "n.json")
+    assert not (tmp_path / "n.json").exists() and len(os.listdir(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("config", [qn.QuantConfig.int8_per_channel(), qn.QuantConfig.int4_per_group(64)], ids=str)
+def test_loading_stays_within_twice_the_file(config: qn.QuantConfig, tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    qn.quantize_model({"a.weight": weights(1 << 18, 64), "b.weight": weights(1 << 16, 128)}, config).save(path)
+    tracemalloc.start()
+    try:
+        model = qn.QuantizedModel.load(path)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(model) == 2 and peak <= 2 * path.stat().st_size + (1 << 20)
+
+
+def test_paths_of_bytes(tmp_path: Path) -> None:
+    model = qn.quantize_model(checkpoint())
+    for suffix in SUFFIXES:
+        path = os.fsencode(tmp_path / f"m{suffix}")
+        model.save(path)
+        same_model(model, qn.QuantizedModel.load(path, verify=True))
+        same_model(model, qn.QuantizedModel.load(path, mmap=True))
+    plain = tmp_path / "plain.safetensors"
+    safetensors.numpy.save_file({"a.weight": weights(4, 4)}, plain)
+    same_model(qn.quantize_model(os.fsencode(plain)), qn.quantize_model(plain))
 
 
 @pytest.fixture(scope="module")
