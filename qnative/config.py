@@ -229,7 +229,8 @@ class QuantConfig:
         if self.granularity is QuantGranularity.PER_GROUP:
             if self.group_size is None or not 1 <= self.group_size <= LARGEST_GROUP:
                 raise ValueError(
-                    f"group_size={self.group_size} must be a positive int (at most {LARGEST_GROUP}) with granularity='per_group'"
+                    f"group_size={self.group_size} must be a positive int, at most {LARGEST_GROUP}, "
+                    "with granularity='per_group'"
                 )
         elif self.group_size is not None:
             raise ValueError(f"group_size={self.group_size} needs granularity='per_group', not '{self.granularity}'")
