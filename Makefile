@@ -17,11 +17,12 @@ EXTRA = import sys, tomllib; \
     print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"][sys.argv[1]], sep="\n")
 
 .NOTPARALLEL:
-.PHONY: help demo test bench lint warnings wheel clean
+.PHONY: help demo test exhaustive bench lint warnings wheel clean
 
 help:
 	@echo "make demo      quantize a real sentence encoder, print how it does, draw a picture"
 	@echo "make test      run the tests                  (ARGS= goes to pytest)"
+	@echo "make exhaustive the sweeps that take minutes: all 2^32 float32 values, every bit of a file"
 	@echo "make bench     time the layers                (ARGS= goes to python -m benchmarks)"
 	@echo "make lint      ruff and mypy"
 	@echo "make warnings  compile everything with C warnings as errors"

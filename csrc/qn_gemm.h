@@ -106,7 +106,7 @@ typedef struct {
     int64_t a_stride;       /* bytes */
     float *scale;           /* [count] */
     int32_t *zero;          /* [count], of the unsigned code */
-    int32_t *sum;           /* [count][groups], sums of codes; filled if the weights are asymmetric */
+    int32_t *sum;           /* [count][groups], sums of codes (or, for tile_groups, its pairs) */
 } qn_rows;
 
 /* An instruction set's operations. Tiles are written as [rows][QN_TILE_COLS]. */

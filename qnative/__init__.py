@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from qnative.elementwise import fake_quantize as fake_quantize
     from qnative.elementwise import quantize as quantize
     from qnative.elementwise import sqnr as sqnr
-    from qnative.files import FormatError as FormatError
     from qnative.floats import decode as decode
     from qnative.floats import encode as encode
     from qnative.linear import QuantizedLinear as QuantizedLinear
@@ -45,6 +44,7 @@ if TYPE_CHECKING:
     from qnative.report import LayerReport as LayerReport
     from qnative.report import compare as compare
     from qnative.stats import QuantStats as QuantStats
+    from qnative.storage import FormatError as FormatError
     from qnative.tensor import QuantizedTensor as QuantizedTensor
     from qnative.tensor import dequantize_tensor as dequantize_tensor
     from qnative.tensor import quantize_tensor as quantize_tensor
@@ -70,7 +70,6 @@ _NAMES = {
         "qparams_from_range",
     ),
     "elementwise": ("dequantize", "fake_quantize", "quantize", "sqnr"),
-    "files": ("FormatError",),
     "floats": ("decode", "encode"),
     "linear": ("QuantizedLinear", "quantize_bias"),
     "conversion": ("quantize_model", "quantize_named_parameters"),
@@ -78,6 +77,7 @@ _NAMES = {
     "observers": ("CalibrationCollector", "Observer", "make_observer"),
     "report": ("LayerReport", "compare"),
     "stats": ("QuantStats",),
+    "storage": ("FormatError",),
     "tensor": (
         "QuantizedTensor",
         "dequantize_tensor",

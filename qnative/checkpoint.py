@@ -24,11 +24,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qnative.config import QParams, QuantConfig
-from qnative.files import FormatError, NamedTensor, SafetensorsFile, TensorInfo, exact_keys, to_storage
+from qnative.files import SafetensorsFile, exact_keys
 from qnative.granularity import Granules
 from qnative.linear import ACTIVATION_FUNCTIONS, ACTIVATIONS, QuantizedLinear
 from qnative.selection import FLOAT_SIZES, FLOATS, widen
 from qnative.stats import layer_stats, plain_sqnr
+from qnative.storage import FormatError, NamedTensor, TensorInfo, to_storage
 from qnative.tensor import QuantizedTensor
 
 if TYPE_CHECKING:

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from qnative.checkpoint import Stored, Weight, linear_layer
 from qnative.config import QParams, QuantConfig
-from qnative.files import dtype_code, to_storage
 from qnative.linear import ACTIVATION_FUNCTIONS
 from qnative.model import QuantizedModel
 from qnative.selection import (
@@ -29,6 +28,7 @@ from qnative.selection import (
     widen,
 )
 from qnative.stats import finite_original
+from qnative.storage import dtype_code, to_storage
 from qnative.tensor import QuantizedTensor, quantize_tensor
 from qnative.work import Progress, map_ordered, reporting
 

@@ -24,19 +24,11 @@ from qnative.checkpoint import (
     saved_names,
     scheme_of,
 )
-from qnative.files import (
-    STORAGE,
-    FormatError,
-    NamedTensor,
-    Path,
-    SafetensorsFile,
-    open_file,
-    write_json,
-    write_safetensors,
-)
+from qnative.files import Path, SafetensorsFile, open_file, write_json, write_safetensors
 from qnative.linear import QuantizedLinear
 from qnative.selection import layer_name, logger
 from qnative.stats import QuantStats, finite_original, layer_stats, total_stats
+from qnative.storage import STORAGE, FormatError, NamedTensor
 from qnative.tensor import QuantizedTensor
 
 __all__ = ["QuantizedModel", "quantization_stats"]

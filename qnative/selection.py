@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from qnative.files import STORAGE, NamedTensor, SafetensorsFile, TensorInfo
+from qnative.files import SafetensorsFile
 from qnative.floats import decode
+from qnative.storage import STORAGE, NamedTensor, TensorInfo
 
 if TYPE_CHECKING:
     import logging

@@ -38,14 +38,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: minutes long; runs with --slow")
+    config.addinivalue_line("markers", "slow: minutes long; make exhaustive runs them")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--slow"):
         for item in items:
             if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="slow; run with --slow"))
+                item.add_marker(pytest.mark.skip(reason="minutes long; make exhaustive runs it"))
     _selected.update(item.nodeid for item in items if "isa" in getattr(item, "fixturenames", ()))
 
 

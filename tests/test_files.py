@@ -27,8 +27,9 @@ import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qnative import files
-from qnative.files import FormatError, JSONFile, NamedTensor, SafetensorsFile
+from qnative import files, storage
+from qnative.files import JSONFile, SafetensorsFile
+from qnative.storage import FormatError, NamedTensor
 
 posix = pytest.mark.skipif(os.name != "posix", reason="POSIX only")
 
@@ -274,7 +275,8 @@ def test_hostile_file_takes_no_memory_outside_python_either(kind: str, tmp_path:
     path.write_bytes(BAD_SAFETENSORS[kind])
     (tmp_path / "good.safetensors").write_bytes(raw({}))
     code = f"""
-from qnative.files import SafetensorsFile, FormatError
+from qnative.files import SafetensorsFile
+from qnative.storage import FormatError
 def peak():
     return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1])
 SafetensorsFile({str(tmp_path / "good.safetensors")!r}).close()
@@ -417,13 +419,13 @@ def test_what_has_no_place_in_a_file(bad: Any) -> None:
     if getattr(bad, "dtype", None) == np.float64:
         pytest.skip("long double is double here")
     with pytest.raises(TypeError, match="cannot be stored; convert it"):
-        files.to_storage(bad)
+        storage.to_storage(bad)
 
 
 def test_storage_copies_only_where_it_must() -> None:
     x = np.arange(6, dtype=np.float32)
-    assert np.shares_memory(files.to_storage(x)[0], x)
-    bits = files.to_storage(np.ones(3, ml_dtypes.bfloat16))[0]
+    assert np.shares_memory(storage.to_storage(x)[0], x)
+    bits = storage.to_storage(np.ones(3, ml_dtypes.bfloat16))[0]
     assert bits.dtype == np.uint16 and bits.tolist() == [0x3F80] * 3
 
 
