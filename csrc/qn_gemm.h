@@ -106,7 +106,7 @@ typedef struct {
     int64_t a_stride;       /* bytes */
     float *scale;           /* [count] */
     int32_t *zero;          /* [count], of the unsigned code */
-    int32_t *sum;           /* [count][groups], sums of codes (or, for tile_groups, its pairs) */
+    int32_t *sum;           /* [count][groups], sums of codes (for tile_groups pairs, see there) */
 } qn_rows;
 
 /* An instruction set's operations. Tiles are written as [rows][QN_TILE_COLS]. */
@@ -124,11 +124,10 @@ typedef struct {
     void (*tile_int4)(int rows, int panels, int64_t k, const uint8_t *a, int64_t a_stride, const uint8_t *b,
                       int64_t panel_bytes, int32_t *acc);
     /* All groups of rows by one panel: sum[row] = the groups' products, added in ascending order. May be NULL. Groups are
-     * of at most QN_PAIR_GROUP; pairs[row][groups] holds a row's zero point and, times 2^16, its sum of codes less the
-     * zero points: with the panel's sum of codes and zero point in the same places, one multiply-add of 16-bit pairs
-     * gives both corrections. */
-    void (*tile_groups)(const qn_call *c, const qn_rows *rows, int64_t row, int count, const uint8_t *panel,
-                        const int32_t *pairs, float *sum);
+     * of at most QN_PAIR_GROUP; rows->sum holds pairs: a row's zero point and, times 2^16, its sum of codes less the zero
+     * points. With the panel's sum of codes and zero point in the same places, one multiply-add of 16-bit pairs gives
+     * both corrections. */
+    void (*tile_groups)(const qn_call *c, const qn_rows *rows, int64_t row, int count, const uint8_t *panel, float *sum);
     /* acc = fma(a[k], b[k], acc), k ascending; b is [k][panels * 16] decoded weights. */
     void (*tile_float)(int rows, int panels, int64_t k, const uint8_t *a, int64_t a_stride, const float *b, float *acc);
     /* Decode k weights of one panel and group, from k0 on, into out[k][stride]; times their scale if `scaled`. */

@@ -110,7 +110,7 @@ static void tile_int4(int rows, int panels, int64_t k, const uint8_t *a, int64_t
 
 /* R rows by one panel, group after group, with the groups' products added up in registers. */
 QN_INLINE void sum_groups(const int R, const int int4, const qn_call *c, const qn_rows *rows, int64_t row,
-                          const uint8_t *panel, const int32_t *pairs, float *sum) {
+                          const uint8_t *panel, float *sum) {
     const qn_weights *w = c->w;
     const uint8_t *a = rows->a + row * rows->a_stride, *b = panel + w->codes_at;
     const __m512i low_nibble = _mm512_set1_epi8(15), low_half = _mm512_set1_epi32(0xFFFF);
@@ -136,7 +136,7 @@ QN_INLINE void sum_groups(const int R, const int int4, const qn_call *c, const q
         VF scale = vf_load((const float *)(panel + w->scale_at) + g * QN_NR);
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
-            __m512i correction = _mm512_madd_epi16(pair, _mm512_set1_epi32(pairs[(row + r) * w->groups + g]));
+            __m512i correction = _mm512_madd_epi16(pair, _mm512_set1_epi32(rows->sum[(row + r) * w->groups + g]));
             VF value = _mm512_cvtepi32_ps(_mm512_sub_epi32(acc[r][0], correction));
             total[r] = total[r] + value * (vf_splat(rows->scale[row + r]) * scale);
         }
@@ -145,14 +145,13 @@ QN_INLINE void sum_groups(const int R, const int int4, const qn_call *c, const q
     for (int r = 0; r < R; r++) vf_store(sum + r * QN_TILE_COLS, total[r]);
 }
 
-static void tile_groups(const qn_call *c, const qn_rows *rows, int64_t row, int count, const uint8_t *panel,
-                        const int32_t *pairs, float *sum) {
+static void tile_groups(const qn_call *c, const qn_rows *rows, int64_t row, int count, const uint8_t *panel, float *sum) {
 #define GROUPS(R)                                                                                                      \
     case R:                                                                                                            \
         if (c->w->format == QN_INT4)                                                                                   \
-            sum_groups(R, 1, c, rows, row, panel, pairs, sum);                                                         \
+            sum_groups(R, 1, c, rows, row, panel, sum);                                                         \
         else                                                                                                           \
-            sum_groups(R, 0, c, rows, row, panel, pairs, sum);                                                         \
+            sum_groups(R, 0, c, rows, row, panel, sum);                                                         \
         break;
     switch (count) { GROUPS(1) GROUPS(2) GROUPS(3) GROUPS(4) GROUPS(5) GROUPS(6) GROUPS(7) GROUPS(8) }
 #undef GROUPS

@@ -197,7 +197,7 @@ static void integer_tile(const qn_kernel *kernel, const qn_call *c, const qn_row
     prefetch_output(c, rows->first + row, count, panel, panels);
     if (sums_groups(kernel, c)) {
         for (int p = 0; p < panels; p++)
-            kernel->tile_groups(c, rows, row, count, w->data + (panel + p) * w->panel_bytes, rows->sum, sum + p * QN_NR);
+            kernel->tile_groups(c, rows, row, count, w->data + (panel + p) * w->panel_bytes, sum + p * QN_NR);
         kernel->epilogue(c, rows, row, count, panel, panels, w->groups - 1, 0, 0, sum);
         return;
     }
