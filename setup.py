@@ -15,6 +15,8 @@ C_SOURCES = [
     "csrc/qn_cpu.c",
     "csrc/qn_gemm_scalar.c",
     "csrc/qn_gemm_avx2.c",
+    "csrc/qn_gemm_avxvnni.c",
+    "csrc/qn_gemm_vnni256.c",
     "csrc/qn_gemm_vnni.c",
     "csrc/qn_linear.c",
 ]

@@ -70,6 +70,10 @@ const qn_kernel *const qn_kernels[] = {
     &qn_kernel_scalar,
 #if defined(__x86_64__)
     &qn_kernel_avx2,
+#if __GNUC__ >= 11
+    &qn_kernel_avxvnni,
+#endif
+    &qn_kernel_vnni256,
     &qn_kernel_avx512vnni,
 #endif
     0,

@@ -48,7 +48,8 @@ enum {
     QN_MAX_K = 1 << 23,   /* sums of codes fit int32 up to here: 255 * 2^23 < 2^31 */
     QN_TILE_ROWS = 8,     /* no kernel's tile is larger than this */
     QN_TILE_PANELS = 3,
-    QN_TILE_COLS = QN_TILE_PANELS * QN_NR
+    QN_TILE_COLS = QN_TILE_PANELS * QN_NR,
+    QN_TILE_VALUES = 8 * 48 /* rows * columns of a `layer_tile` at most, whatever its form */
 };
 
 typedef enum { QN_INT8, QN_INT4, QN_FLOAT8_E4M3FN, QN_FLOAT8_E5M2 } qn_format;
@@ -116,6 +117,12 @@ typedef struct {
     int32_t a_bytes;                 /* bytes an activation code takes */
     int32_t rows, panels;            /* the largest tile */
     int32_t float_rows, float_panels;
+    /* The whole way of int8 weights with one group: product and epilogue of a tile while its sums are in registers. Of
+     * `count` rows it takes up to layer_panels[count] panels. Lines from `ahead` on, as many bytes as a panel has codes,
+     * will be needed next. May be NULL. */
+    int8_t layer_panels[QN_TILE_ROWS + 1];
+    void (*layer_tile)(const qn_call *c, const qn_rows *rows, int64_t row, int count, int64_t panel, int panels,
+                       const uint8_t *ahead);
     /* Quantize rows->count rows of the call into rows->a, with scales, zero points and sums. */
     void (*quantize_rows)(const qn_call *c, qn_rows *rows);
     /* acc = sum over k (a multiple of 4; of 8 for int4) of a * b; b points into the first panel's codes. */
@@ -141,7 +148,7 @@ typedef struct {
 
 /* Every kernel compiled in, worst first, ended by a NULL name. */
 extern const qn_kernel *const qn_kernels[];
-extern const qn_kernel qn_kernel_scalar, qn_kernel_avx2, qn_kernel_avx512vnni;
+extern const qn_kernel qn_kernel_scalar, qn_kernel_avx2, qn_kernel_avxvnni, qn_kernel_vnni256, qn_kernel_avx512vnni;
 
 /* CPU features as the operating system lets us use them. */
 typedef struct {

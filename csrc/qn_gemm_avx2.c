@@ -17,36 +17,8 @@
 #pragma GCC target("avx2,fma")
 #endif
 
-#define QN_W 8
 #define QN_A_BYTES 2
-typedef __m256 VF;
-typedef uint32_t VU __attribute__((vector_size(32)));
-
-static inline VF vf_load(const float *p) { return _mm256_loadu_ps(p); }
-static inline void vf_store(float *p, VF v) { _mm256_storeu_ps(p, v); }
-static inline VU vu_load(const uint32_t *p) { return (VU)_mm256_loadu_si256((const __m256i *)p); }
-static inline void vu_store(uint32_t *p, VU v) { _mm256_storeu_si256((__m256i *)p, (__m256i)v); }
-static inline VF vf_splat(float x) { return _mm256_set1_ps(x); }
-static inline VU vu_splat(uint32_t x) { return (VU)_mm256_set1_epi32((int)x); }
-static inline VF vf_rint(VF x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-static inline VF vf_abs(VF x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x); }
-static inline VF vf_min(VF a, VF b) { return _mm256_min_ps(a, b); }
-static inline VF vf_max(VF a, VF b) { return _mm256_max_ps(a, b); }
-static inline VF vf_less(VF a, VF b, VF x, VF y) { return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
-static inline VF vf_nan_to_zero(VF x) { return _mm256_and_ps(x, _mm256_cmp_ps(x, x, _CMP_ORD_Q)); }
-static inline VF vf_from_vu(VU v) { return _mm256_cvtepi32_ps((__m256i)v); }
-static inline VU vu_from_vf(VF x) { return (VU)_mm256_cvttps_epi32(x); }
-static inline VF vf_bits(VU v) { return (VF)v; }
-static inline VU vu_bits(VF x) { return (VU)x; }
-static inline __m128i narrow_16(VU v) { /* each lane's low 16 bits; lanes hold 0..65535 */
-    return _mm_packus_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
-}
-static inline void vu_store_u8(uint8_t *p, VU v) {
-    __m128i low = narrow_16(v & vu_splat(0xFF));
-    _mm_storel_epi64((__m128i *)p, _mm_packus_epi16(low, low));
-}
-static inline void vu_store_code(uint8_t *p, VU v) { _mm_storeu_si128((__m128i *)p, narrow_16(v)); }
-static inline VU vu_load_u8(const uint8_t *p) { return (VU)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)); }
+#include "qn_vector_avx2.h"
 
 #include "qn_tile.h"
 
@@ -78,9 +50,9 @@ QN_INLINE void multiply_step(const int R, __m256i sum[][2], const uint8_t *a, in
     }
 }
 
-/* R rows by half a panel (8 columns): 2 R accumulators. */
-QN_INLINE void half_tile(const int R, const int int4, int64_t k, const uint8_t *a, int64_t a_stride, const uint8_t *b,
-                         int32_t *acc) {
+/* The sums over k of R rows by half a panel (8 columns): 2 R accumulators. */
+QN_INLINE void multiply(const int R, const int int4, int64_t k, const uint8_t *a, int64_t a_stride, const uint8_t *b,
+                        VU out[][COLUMN_VECTORS]) {
     __m256i sum[6][2];
     const __m128i low_nibble = _mm_set1_epi8(15);
 #pragma GCC unroll 6
@@ -99,8 +71,68 @@ QN_INLINE void half_tile(const int R, const int int4, int64_t k, const uint8_t *
         }
     }
 #pragma GCC unroll 6
-    for (int r = 0; r < R; r++)
-        _mm256_storeu_si256((__m256i *)(acc + r * QN_TILE_COLS), add_pairs(sum[r][0], sum[r][1]));
+    for (int r = 0; r < R; r++) out[r][0] = (VU)add_pairs(sum[r][0], sum[r][1]);
+}
+
+/* The sums over k of one row by a panel of int8: 4 accumulators for even k-steps and 4 for odd ones, so that none waits
+ * for the sum before; k is a multiple of 8. */
+QN_INLINE void multiply_row(int64_t k, const uint8_t *a, const uint8_t *b, VU out[][COLUMN_VECTORS]) {
+    __m256i sum[8];
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; j++) sum[j] = _mm256_setzero_si256();
+    for (int64_t i = 0; i < k; i += 8, b += 128) {
+        __m256i even = broadcast_step(a + i * QN_A_BYTES), odd = broadcast_step(a + (i + 4) * QN_A_BYTES);
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; j++)
+            sum[j] = _mm256_add_epi32(sum[j], _mm256_madd_epi16(j < 4 ? even : odd, widen_signed(b + 16 * j)));
+    }
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; h++)
+        out[0][h] = (VU)add_pairs(_mm256_add_epi32(sum[2 * h], sum[2 * h + 4]), _mm256_add_epi32(sum[2 * h + 1], sum[2 * h + 5]));
+}
+
+/* R rows by half a panel of int8 weights with one group, from codes to y. */
+QN_INLINE void layer_tile_fixed(const int R, const qn_call *c, const qn_rows *rows, int64_t row, int64_t column) {
+    const qn_weights *w = c->w;
+    const uint8_t *panel = w->data + column / QN_NR * w->panel_bytes, *a = rows->a + row * rows->a_stride;
+    VU sum[QN_TILE_ROWS][COLUMN_VECTORS];
+    multiply(R, 0, w->group_k, a, rows->a_stride, panel + w->codes_at + column % QN_NR * 4, sum);
+    finish_tile(R, 1, c, rows, row, column, sum);
+}
+
+static void layer_row(const qn_call *c, const qn_rows *rows, int64_t row, int64_t panel) {
+    const qn_weights *w = c->w;
+    VU sum[1][COLUMN_VECTORS];
+    multiply_row(w->group_k, rows->a + row * rows->a_stride, w->data + panel * w->panel_bytes + w->codes_at, sum);
+    finish_tile(1, 2, c, rows, row, panel * QN_NR, sum);
+}
+
+static void layer_tile(const qn_call *c, const qn_rows *rows, int64_t row, int count, int64_t panel, int panels,
+                       const uint8_t *ahead) {
+    (void)ahead;
+    for (int64_t column = panel * QN_NR; column < (panel + panels) * QN_NR; column += QN_NR / 2) {
+        if (column >= c->w->n) break;
+        switch (count) {
+        case 1:
+            layer_row(c, rows, row, column / QN_NR);
+            column += QN_NR / 2;
+            break;
+        case 2: layer_tile_fixed(2, c, rows, row, column); break;
+        case 3: layer_tile_fixed(3, c, rows, row, column); break;
+        case 4: layer_tile_fixed(4, c, rows, row, column); break;
+        case 5: layer_tile_fixed(5, c, rows, row, column); break;
+        default: layer_tile_fixed(6, c, rows, row, column); break;
+        }
+    }
+}
+
+/* Sums of R rows by half a panel into acc. */
+QN_INLINE void half_tile(const int R, const int int4, int64_t k, const uint8_t *a, int64_t a_stride, const uint8_t *b,
+                         int32_t *acc) {
+    VU sum[6][COLUMN_VECTORS];
+    multiply(R, int4, k, a, a_stride, b, sum);
+#pragma GCC unroll 6
+    for (int r = 0; r < R; r++) vu_store((uint32_t *)acc + r * QN_TILE_COLS, sum[r][0]);
 }
 
 QN_INLINE void tile(const int int4, int rows, int panels, int64_t k, const uint8_t *a, int64_t a_stride,
@@ -129,39 +161,7 @@ static void tile_int4(int rows, int panels, int64_t k, const uint8_t *a, int64_t
     tile(1, rows, panels, k, a, a_stride, b, panel_bytes, acc);
 }
 
-/* R rows by one panel: 2 R accumulators, carried in acc from call to call. */
-QN_INLINE void tile_float_rows(const int R, int64_t k, const uint8_t *a, int64_t a_stride, const float *b, float *acc) {
-    __m256 sum[6][2];
-#pragma GCC unroll 6
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 2
-        for (int h = 0; h < 2; h++) sum[r][h] = _mm256_loadu_ps(acc + r * QN_TILE_COLS + 8 * h);
-    for (int64_t i = 0; i < k; i++, b += QN_NR) {
-        __m256 w0 = _mm256_loadu_ps(b), w1 = _mm256_loadu_ps(b + 8);
-#pragma GCC unroll 6
-        for (int r = 0; r < R; r++) {
-            __m256 x = _mm256_broadcast_ss((const float *)(a + r * a_stride) + i);
-            sum[r][0] = _mm256_fmadd_ps(x, w0, sum[r][0]);
-            sum[r][1] = _mm256_fmadd_ps(x, w1, sum[r][1]);
-        }
-    }
-#pragma GCC unroll 6
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 2
-        for (int h = 0; h < 2; h++) _mm256_storeu_ps(acc + r * QN_TILE_COLS + 8 * h, sum[r][h]);
-}
-
-static void tile_float(int rows, int panels, int64_t k, const uint8_t *a, int64_t a_stride, const float *b, float *acc) {
-    (void)panels; /* one */
-    switch (rows) {
-    case 1: tile_float_rows(1, k, a, a_stride, b, acc); break;
-    case 2: tile_float_rows(2, k, a, a_stride, b, acc); break;
-    case 3: tile_float_rows(3, k, a, a_stride, b, acc); break;
-    case 4: tile_float_rows(4, k, a, a_stride, b, acc); break;
-    case 5: tile_float_rows(5, k, a, a_stride, b, acc); break;
-    default: tile_float_rows(6, k, a, a_stride, b, acc); break;
-    }
-}
+#include "qn_float_avx2.h"
 
 #ifdef __clang__
 #pragma clang attribute pop
@@ -172,7 +172,7 @@ static void tile_float(int rows, int panels, int64_t k, const uint8_t *a, int64_
 static int usable(void) { return qn_cpu_features()->avx2 && qn_cpu_features()->fma; }
 
 const qn_kernel qn_kernel_avx2 = {
-    .name = "avx2", .usable = usable, .a_bytes = QN_A_BYTES, .rows = 6, .panels = 3, .float_rows = 6, .float_panels = 1,
+    .name = "avx2", .layer_panels = {0, 3, 3, 3, 3, 3, 3}, .layer_tile = layer_tile, .usable = usable, .a_bytes = QN_A_BYTES, .rows = 6, .panels = 3, .float_rows = 6, .float_panels = 1,
     .quantize_rows = quantize_rows, .tile_int8 = tile_int8, .tile_int4 = tile_int4, .tile_float = tile_float,
     .decode = decode, .epilogue = epilogue,
 };

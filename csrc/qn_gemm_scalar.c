@@ -22,6 +22,10 @@ static inline VF vf_rint(VF x) { return rintf(x); }
 static inline VF vf_abs(VF x) { return fabsf(x); }
 static inline VF vf_min(VF a, VF b) { return a < b ? a : b; }
 static inline VF vf_max(VF a, VF b) { return a > b ? a : b; }
+static inline VU vu_max(VU a, VU b) { return a > b ? a : b; }
+static inline VU vi_max(VU a, VU b) { return (int32_t)a > (int32_t)b ? a : b; }
+static inline uint32_t vu_largest(VU a) { return a; }
+static inline uint32_t vi_largest(VU a) { return a; }
 static inline VF vf_less(VF a, VF b, VF x, VF y) { return a < b ? x : y; }
 static inline VF vf_nan_to_zero(VF x) { return x == x ? x : 0.0f; }
 static inline VF vf_from_vu(VU v) { return (float)(int32_t)v; }
@@ -30,6 +34,21 @@ static inline VF vf_bits(VU v) { VF x; memcpy(&x, &v, 4); return x; }
 static inline VU vu_bits(VF x) { VU v; memcpy(&v, &x, 4); return v; }
 static inline void vu_store_u8(uint8_t *p, VU v) { *p = (uint8_t)v; }
 static inline void vu_store_code(uint8_t *p, VU v) { *p = (uint8_t)v; }
+static inline VU vu_from_rounded(VF x) { return (uint32_t)(int32_t)rintf(x); }
+static inline int vf_far_from_tie(const VF x[4], float margin) {
+    int far = 1;
+    for (int j = 0; j < 4; j++) far &= fabsf(x[j] - rintf(x[j])) < 0.5f - margin;
+    return far;
+}
+static inline VU vu_multiply(VU a, VU b) { return a * b; }
+static inline VU vu_store_codes(uint8_t *p, const VU q[4]) {
+    uint32_t total = 0;
+    for (int j = 0; j < 4; j++) {
+        p[j] = (uint8_t)((int32_t)q[j] < 0 ? 0 : q[j] > 255 ? 255 : q[j]);
+        total += p[j];
+    }
+    return total;
+}
 static inline VU vu_load_u8(const uint8_t *p) { return *p; }
 
 #include "qn_tile.h"

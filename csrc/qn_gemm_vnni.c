@@ -32,6 +32,10 @@ static inline VF vf_rint(VF x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NE
 static inline VF vf_abs(VF x) { return _mm512_abs_ps(x); }
 static inline VF vf_min(VF a, VF b) { return _mm512_min_ps(a, b); }
 static inline VF vf_max(VF a, VF b) { return _mm512_max_ps(a, b); }
+static inline VU vu_max(VU a, VU b) { return (VU)_mm512_max_epu32((__m512i)a, (__m512i)b); }
+static inline VU vi_max(VU a, VU b) { return (VU)_mm512_max_epi32((__m512i)a, (__m512i)b); }
+static inline uint32_t vu_largest(VU a) { return _mm512_reduce_max_epu32((__m512i)a); }
+static inline uint32_t vi_largest(VU a) { return (uint32_t)_mm512_reduce_max_epi32((__m512i)a); }
 static inline VF vf_less(VF a, VF b, VF x, VF y) { return _mm512_mask_mov_ps(y, _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), x); }
 static inline VF vf_nan_to_zero(VF x) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, x, _CMP_ORD_Q), x); }
 static inline VF vf_from_vu(VU v) { return _mm512_cvtepi32_ps((__m512i)v); }
@@ -40,6 +44,21 @@ static inline VF vf_bits(VU v) { return (VF)v; }
 static inline VU vu_bits(VF x) { return (VU)x; }
 static inline void vu_store_u8(uint8_t *p, VU v) { _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8((__m512i)v)); }
 static inline void vu_store_code(uint8_t *p, VU v) { vu_store_u8(p, v); }
+static inline VU vu_from_rounded(VF x) { return (VU)_mm512_cvtps_epi32(x); }
+static inline int vf_far_from_tie(const VF x[4], float margin) {
+    VU off[4]; /* bits of |x - rint(x)|, which rise with it; NaN is above all */
+    for (int j = 0; j < 4; j++) off[j] = (VU)_mm512_abs_ps(_mm512_reduce_ps(x[j], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    __m512i most = (__m512i)vu_max(vu_max(off[0], off[1]), vu_max(off[2], off[3]));
+    return _mm512_cmplt_epu32_mask(most, _mm512_castps_si512(_mm512_set1_ps(0.5f - margin))) == 0xFFFF;
+}
+static inline VU vu_multiply(VU a, VU b) { return a * b; }
+static inline VU vu_store_codes(uint8_t *p, const VU q[4]) {
+    __m512i first = _mm512_packs_epi32((__m512i)q[0], (__m512i)q[1]), last = _mm512_packs_epi32((__m512i)q[2], (__m512i)q[3]);
+    __m512i codes = _mm512_packus_epi16(first, last); /* each 128 bits: four codes of each of the four vectors */
+    __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, codes));
+    return (VU)_mm512_dpbusd_epi32(_mm512_setzero_si512(), codes, _mm512_set1_epi8(1));
+}
 static inline VU vu_load_u8(const uint8_t *p) { return (VU)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)); }
 
 #include "qn_tile.h"
@@ -51,28 +70,48 @@ QN_INLINE __m512i broadcast_step(const uint8_t *p) {
     return _mm512_set1_epi32(step);
 }
 
-/* sum += one k-step of R rows times P vectors of weights. */
-QN_INLINE void multiply_step(const int R, const int P, __m512i sum[][QN_TILE_PANELS], const uint8_t *a, int64_t a_stride,
+/* Addresses of a tile's rows: a[0] + (0..3) * stride and a[1] + (0..3) * stride, which x86 computes within the load from
+ * four registers; from a pointer a row compilers run out of registers. */
+typedef struct { const uint8_t *a[2]; int64_t stride, stride3; } row_pointers;
+
+QN_INLINE row_pointers pointers_of_rows(const uint8_t *a, int64_t stride) {
+    row_pointers p = {{a, a + 4 * stride}, stride, 3 * stride};
+    __asm__("" : "+r"(p.a[1]), "+r"(p.stride3)); /* kept, not computed anew */
+    return p;
+}
+
+QN_INLINE const uint8_t *pointer_of_row(const row_pointers *p, int r) {
+    return p->a[r / 4] + (r % 4 == 3 ? p->stride3 : r % 4 * p->stride);
+}
+
+/* sum += one k-step, `at` bytes on, of R rows times P vectors of weights. */
+QN_INLINE void multiply_step(const int R, const int P, VU sum[][COLUMN_VECTORS], const row_pointers *rows, int64_t at,
                              const __m512i w[]) {
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) {
-        __m512i x = broadcast_step(a + r * a_stride);
-#pragma GCC unroll 3
-        for (int p = 0; p < P; p++) sum[r][p] = _mm512_dpbusd_epi32(sum[r][p], x, w[p]);
+        __m512i x = broadcast_step(pointer_of_row(rows, r) + at);
+#pragma GCC unroll 8
+        for (int p = 0; p < P; p++) sum[r][p] = (VU)_mm512_dpbusd_epi32((__m512i)sum[r][p], x, w[p]);
     }
 }
 
-/* R rows by P panels; R and P are constants where this is inlined, so the accumulators live in registers. */
-QN_INLINE void tile(const int R, const int P, const int int4, int64_t k, const uint8_t *a, int64_t a_stride,
-                    const uint8_t *b, int64_t panel_bytes, int32_t *acc) {
-    __m512i sum[QN_TILE_ROWS][QN_TILE_PANELS], w[QN_TILE_PANELS], odd[QN_TILE_PANELS];
+/* The sums over k of R rows by P panels; R, P and int4 are constants where this is inlined, so the sums live in registers.
+ * Meanwhile the lines from `ahead` on are asked for, as many bytes as a panel's codes. */
+QN_INLINE void multiply(const int R, const int P, const int int4, int64_t k, const uint8_t *a, int64_t a_stride,
+                        const uint8_t *b, int64_t panel_bytes, const uint8_t *ahead, VU sum[][COLUMN_VECTORS]) {
+    __m512i w[COLUMN_VECTORS], odd[COLUMN_VECTORS];
     const __m512i low_nibble = _mm512_set1_epi8(15);
+    row_pointers rows = pointers_of_rows(a, a_stride);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
-#pragma GCC unroll 3
-        for (int p = 0; p < P; p++) sum[r][p] = _mm512_setzero_si512();
-    for (int64_t i = 0; i < k; i += int4 ? 8 : 4, b += 64) {
-#pragma GCC unroll 3
+#pragma GCC unroll 8
+        for (int p = 0; p < P; p++) sum[r][p] = vu_splat(0);
+    for (const uint8_t *end = a + k; rows.a[0] < end; b += 64) {
+        if (ahead) {
+            _mm_prefetch((const char *)ahead, _MM_HINT_T1);
+            ahead += 64;
+        }
+#pragma GCC unroll 8
         for (int p = 0; p < P; p++) {
             w[p] = _mm512_loadu_si512(b + p * panel_bytes);
             if (int4) {
@@ -80,32 +119,87 @@ QN_INLINE void tile(const int R, const int P, const int int4, int64_t k, const u
                 w[p] = _mm512_and_si512(w[p], low_nibble);
             }
         }
-        multiply_step(R, P, sum, a + i, a_stride, w);
-        if (int4) multiply_step(R, P, sum, a + i + 4, a_stride, odd);
+        multiply_step(R, P, sum, &rows, 0, w);
+        if (int4) multiply_step(R, P, sum, &rows, 4, odd);
+        rows.a[0] += int4 ? 8 : 4;
+        rows.a[1] += int4 ? 8 : 4;
     }
+}
+
+/* One row by P panels, with two sums a panel, since one cannot be added to every cycle; k is a multiple of 8. */
+QN_INLINE void multiply_row(const int P, int64_t k, const uint8_t *a, const uint8_t *b, int64_t panel_bytes,
+                            VU sum[][COLUMN_VECTORS]) {
+    VU even[1][COLUMN_VECTORS], odd[1][COLUMN_VECTORS];
+    __m512i w[COLUMN_VECTORS];
+#pragma GCC unroll 8
+    for (int p = 0; p < P; p++) even[0][p] = odd[0][p] = vu_splat(0);
+    row_pointers row = {{a, a}, 0, 0};
+    for (int64_t i = 0; i < k; i += 8, b += 128) {
+#pragma GCC unroll 8
+        for (int p = 0; p < P; p++) w[p] = _mm512_loadu_si512(b + p * panel_bytes);
+        multiply_step(1, P, even, &row, i, w);
+#pragma GCC unroll 8
+        for (int p = 0; p < P; p++) w[p] = _mm512_loadu_si512(b + p * panel_bytes + 64);
+        multiply_step(1, P, odd, &row, i + 4, w);
+    }
+#pragma GCC unroll 8
+    for (int p = 0; p < P; p++) sum[0][p] = even[0][p] + odd[0][p];
+}
+
+/* R rows by P panels of int8 weights with one group, from codes to y. */
+QN_INLINE void layer_tile_fixed(const int R, const int P, const qn_call *c, const qn_rows *rows, int64_t row,
+                                int64_t panel, const uint8_t *ahead) {
+    const qn_weights *w = c->w;
+    const uint8_t *a = rows->a + row * rows->a_stride, *b = w->data + panel * w->panel_bytes + w->codes_at;
+    VU sum[QN_TILE_ROWS][COLUMN_VECTORS];
+    if (R == 1)
+        multiply_row(P, w->group_k, a, b, w->panel_bytes, sum);
+    else
+        multiply(R, P, 0, w->group_k, a, rows->a_stride, b, w->panel_bytes, ahead, sum);
+    finish_tile(R, P, c, rows, row, panel * QN_NR, sum);
+}
+
+/* Sums of R rows by P panels into acc. */
+QN_INLINE void tile(const int R, const int P, const int int4, int64_t k, const uint8_t *a, int64_t a_stride,
+                    const uint8_t *b, int64_t panel_bytes, int32_t *acc) {
+    VU sum[QN_TILE_ROWS][COLUMN_VECTORS];
+    multiply(R, P, int4, k, a, a_stride, b, panel_bytes, 0, sum);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 3
-        for (int p = 0; p < P; p++) _mm512_storeu_si512(acc + r * QN_TILE_COLS + p * QN_NR, sum[r][p]);
+        for (int p = 0; p < P; p++) vu_store((uint32_t *)acc + r * QN_TILE_COLS + p * QN_NR, sum[r][p]);
 }
 
-#define TILE(R, P) \
-    case (R) * 4 + (P): tile(R, P, int4, k, a, a_stride, b, panel_bytes, acc); break;
-#define TILES(R) TILE(R, 1) TILE(R, 2) TILE(R, 3)
+#define SIZES_OF_3(X, R) X(R, 1) X(R, 2) X(R, 3)
+#define SIZES_OF_4(X, R) SIZES_OF_3(X, R) X(R, 4)
+#define SIZES_OF_6(X, R) SIZES_OF_4(X, R) X(R, 5) X(R, 6)
+#define SIZES_OF_8(X, R) SIZES_OF_6(X, R) X(R, 7) X(R, 8)
+#define TILE_SIZES(X) \
+    SIZES_OF_3(X, 1) SIZES_OF_3(X, 2) SIZES_OF_3(X, 3) SIZES_OF_3(X, 4) SIZES_OF_3(X, 5) SIZES_OF_3(X, 6) SIZES_OF_3(X, 7) SIZES_OF_3(X, 8)
+/* As many panels as leave registers for the weights. */
+#define LAYER_SIZES(X) \
+    SIZES_OF_8(X, 1) SIZES_OF_6(X, 2) SIZES_OF_4(X, 3) SIZES_OF_4(X, 4) SIZES_OF_4(X, 5) SIZES_OF_4(X, 6) SIZES_OF_3(X, 7) SIZES_OF_3(X, 8)
+#define SIZE(R, P) ((R) * 16 + (P))
 
-QN_INLINE void tile_of_any_size(const int int4, int rows, int panels, int64_t k, const uint8_t *a, int64_t a_stride,
-                                const uint8_t *b, int64_t panel_bytes, int32_t *acc) {
-    switch (rows * 4 + panels) { TILES(1) TILES(2) TILES(3) TILES(4) TILES(5) TILES(6) TILES(7) TILES(8) }
+static void layer_tile(const qn_call *c, const qn_rows *rows, int64_t row, int count, int64_t panel, int panels,
+                       const uint8_t *ahead) {
+#define CASE(R, P) case SIZE(R, P): layer_tile_fixed(R, P, c, rows, row, panel, ahead); break;
+    switch (SIZE(count, panels)) { LAYER_SIZES(CASE) }
+#undef CASE
 }
 
 static void tile_int8(int rows, int panels, int64_t k, const uint8_t *a, int64_t a_stride, const uint8_t *b,
                       int64_t panel_bytes, int32_t *acc) {
-    tile_of_any_size(0, rows, panels, k, a, a_stride, b, panel_bytes, acc);
+#define CASE(R, P) case SIZE(R, P): tile(R, P, 0, k, a, a_stride, b, panel_bytes, acc); break;
+    switch (SIZE(rows, panels)) { TILE_SIZES(CASE) }
+#undef CASE
 }
 
 static void tile_int4(int rows, int panels, int64_t k, const uint8_t *a, int64_t a_stride, const uint8_t *b,
                       int64_t panel_bytes, int32_t *acc) {
-    tile_of_any_size(1, rows, panels, k, a, a_stride, b, panel_bytes, acc);
+#define CASE(R, P) case SIZE(R, P): tile(R, P, 1, k, a, a_stride, b, panel_bytes, acc); break;
+    switch (SIZE(rows, panels)) { TILE_SIZES(CASE) }
+#undef CASE
 }
 
 /* R rows by one panel, group after group, with the groups' products added up in registers. */
@@ -118,17 +212,19 @@ QN_INLINE void sum_groups(const int R, const int int4, const qn_call *c, const q
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) total[r] = _mm512_set1_ps(-0.0f); /* -0 + x is x, for every x */
     for (int64_t g = 0; g < w->groups; g++) {
-        __m512i acc[QN_TILE_ROWS][QN_TILE_PANELS], step[1], odd[1];
+        VU acc[QN_TILE_ROWS][COLUMN_VECTORS];
+        __m512i step[1], odd[1];
 #pragma GCC unroll 8
-        for (int r = 0; r < R; r++) acc[r][0] = _mm512_setzero_si512();
+        for (int r = 0; r < R; r++) acc[r][0] = vu_splat(0);
         for (int64_t i = 0; i < w->group_k; i += int4 ? 8 : 4, a += int4 ? 8 : 4, b += 64) {
             step[0] = _mm512_loadu_si512(b);
             if (int4) {
                 odd[0] = _mm512_and_si512(_mm512_srli_epi16(step[0], 4), low_nibble);
                 step[0] = _mm512_and_si512(step[0], low_nibble);
             }
-            multiply_step(R, 1, acc, a, rows->a_stride, step);
-            if (int4) multiply_step(R, 1, acc, a + 4, rows->a_stride, odd);
+            row_pointers at = {{a, a + 4 * rows->a_stride}, rows->a_stride, 3 * rows->a_stride};
+            multiply_step(R, 1, acc, &at, 0, step);
+            if (int4) multiply_step(R, 1, acc, &at, 4, odd);
         }
         __m512i pair = _mm512_and_si512(_mm512_loadu_si512(panel + w->sum_at + g * QN_NR * 4), low_half);
         if (w->asymmetric)
@@ -137,7 +233,7 @@ QN_INLINE void sum_groups(const int R, const int int4, const qn_call *c, const q
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
             __m512i correction = _mm512_madd_epi16(pair, _mm512_set1_epi32(rows->sum[(row + r) * w->groups + g]));
-            VF value = _mm512_cvtepi32_ps(_mm512_sub_epi32(acc[r][0], correction));
+            VF value = _mm512_cvtepi32_ps(_mm512_sub_epi32((__m512i)acc[r][0], correction));
             total[r] = total[r] + value * (vf_splat(rows->scale[row + r]) * scale);
         }
     }
@@ -182,12 +278,10 @@ QN_INLINE void tile_float_fixed(const int R, const int P, int64_t k, const uint8
         for (int p = 0; p < P; p++) _mm512_storeu_ps(acc + r * QN_TILE_COLS + p * QN_NR, sum[r][p]);
 }
 
-#undef TILE
-#define TILE(R, P) \
-    case (R) * 4 + (P): tile_float_fixed(R, P, k, a, a_stride, b, acc); break;
-
 static void tile_float(int rows, int panels, int64_t k, const uint8_t *a, int64_t a_stride, const float *b, float *acc) {
-    switch (rows * 4 + panels) { TILES(1) TILES(2) TILES(3) TILES(4) TILES(5) TILES(6) TILES(7) TILES(8) }
+#define CASE(R, P) case SIZE(R, P): tile_float_fixed(R, P, k, a, a_stride, b, acc); break;
+    switch (SIZE(rows, panels)) { TILE_SIZES(CASE) }
+#undef CASE
 }
 
 #ifdef __clang__
@@ -202,7 +296,7 @@ static int usable(void) {
 }
 
 const qn_kernel qn_kernel_avx512vnni = {
-    .name = "avx512vnni", .usable = usable, .a_bytes = QN_A_BYTES, .rows = 8, .panels = 3, .float_rows = 8, .float_panels = 3,
+    .name = "avx512vnni", .layer_panels = {0, 8, 6, 4, 4, 4, 4, 3, 3}, .layer_tile = layer_tile, .usable = usable, .a_bytes = QN_A_BYTES, .rows = 8, .panels = 3, .float_rows = 8, .float_panels = 3,
     .quantize_rows = quantize_rows, .tile_int8 = tile_int8, .tile_int4 = tile_int4,
     .tile_groups = tile_groups, .tile_float = tile_float,
     .decode = decode, .epilogue = epilogue,

@@ -80,9 +80,8 @@ void qn_unpack_panel(const qn_weights *w, int64_t p, int8_t *codes, int64_t stri
 /* ---- the walk ---- */
 
 enum {
-    BLOCK_BYTES = 192 << 10, /* quantized rows that stay in the L2 cache while the panels pass by */
-    BLOCK_ROWS = 96,
-    RESIDENT_BYTES = 640 << 10, /* weights that stay in the L2 cache beside a tile of rows and its results */
+    BLOCK_BYTES = 768 << 10, /* quantized rows that stay in the L2 cache while the panels pass by */
+    BLOCK_ROWS = 256,
     FLOAT_BLOCK_ROWS = 256,  /* rows that share the work of decoding the weights */
     DECODED_K = 128          /* k of decoded weights that stay in the L1 cache */
 };
@@ -157,16 +156,6 @@ static void wide_group(const qn_kernel *kernel, const qn_call *c, const qn_rows 
     }
 }
 
-/* Ask for the lines that a tile will be written to, so that they arrive while it is computed. */
-static void prefetch_output(const qn_call *c, int64_t row, int count, int64_t panel, int panels) {
-#if defined(__GNUC__)
-    if (c->output != QN_OUTPUT_FLOAT32) return;
-    for (int r = 0; r < count; r++)
-        for (int p = 0; p < panels; p++)
-            __builtin_prefetch((const uint8_t *)c->y + (row + r) * c->y_stride + (panel + p) * QN_NR * 4, 1);
-#endif
-}
-
 /* Does the kernel add up the groups by itself? */
 static int sums_groups(const qn_kernel *kernel, const qn_call *c) {
     return kernel->tile_groups && c->w->groups > 1 && c->w->group_k <= QN_PAIR_GROUP && !c->wide &&
@@ -194,7 +183,6 @@ static void integer_tile(const qn_kernel *kernel, const qn_call *c, const qn_row
     const uint8_t *codes = w->data + panel * w->panel_bytes + w->codes_at;
     int32_t acc[QN_TILE_ROWS * QN_TILE_COLS];
     float converted[QN_TILE_ROWS * QN_TILE_COLS], sum[QN_TILE_ROWS * QN_TILE_COLS];
-    prefetch_output(c, rows->first + row, count, panel, panels);
     if (sums_groups(kernel, c)) {
         for (int p = 0; p < panels; p++)
             kernel->tile_groups(c, rows, row, count, w->data + (panel + p) * w->panel_bytes, sum + p * QN_NR);
@@ -214,19 +202,42 @@ static void integer_tile(const qn_kernel *kernel, const qn_call *c, const qn_row
     }
 }
 
-/* Weights that stay in the L2 cache pass by each tile of rows, so that y is written along its rows; larger ones are
- * read once for the whole block, whose rows pass by each tile of panels. */
-static void integer_block(const qn_kernel *kernel, const qn_call *c, const qn_rows *rows) {
+/* Does the kernel go the whole way from codes to y by itself? */
+static int goes_whole_way(const qn_kernel *kernel, const qn_call *c) {
+    return kernel->layer_tile && c->w->format == QN_INT8 && c->w->groups == 1 && !c->wide && c->output != QN_OUTPUT_ACC32;
+}
+
+/* n things cut into parts of nearly the same size: the first `longer` have one more than the others. */
+typedef struct { int64_t parts, size, longer; } partition;
+
+static partition cut(int64_t n, int64_t most) {
+    int64_t parts = (n + most - 1) / most;
+    return (partition){parts, parts ? n / parts : 0, parts ? n % parts : 0};
+}
+
+static int64_t part_size(const partition *p, int64_t i) { return p->size + (i < p->longer); }
+
+/* A block of rows by panels [first, last). */
+static void integer_block(const qn_kernel *kernel, const qn_call *c, const qn_rows *rows, int64_t first, int64_t last) {
     const qn_weights *w = c->w;
-    if (sums_groups(kernel, c)) pair_sums(c, rows);
-    int resident = w->panels * w->panel_bytes <= RESIDENT_BYTES;
-    int64_t row_step = resident ? kernel->rows : rows->count, panel_step = resident ? w->panels : kernel->panels;
-    for (int64_t row0 = 0; row0 < rows->count; row0 += row_step)
-        for (int64_t panel0 = 0; panel0 < w->panels; panel0 += panel_step)
-            for (int64_t panel = panel0; panel < min64(panel0 + panel_step, w->panels); panel += kernel->panels)
-                for (int64_t row = row0; row < min64(row0 + row_step, rows->count); row += kernel->rows)
-                    integer_tile(kernel, c, rows, row, (int)min64(kernel->rows, rows->count - row), panel,
-                                 (int)min64(kernel->panels, w->panels - panel));
+    int whole = goes_whole_way(kernel, c);
+    partition row_tiles = cut(rows->count, kernel->rows);
+    partition panel_tiles = cut(last - first, whole ? kernel->layer_panels[part_size(&row_tiles, 0)] : kernel->panels);
+    int64_t panel = first;
+    for (int64_t p = 0; p < panel_tiles.parts; p++) {
+        int panels = (int)part_size(&panel_tiles, p);
+        int64_t row = 0;
+        for (int64_t r = 0; r < row_tiles.parts; r++) {
+            int count = (int)part_size(&row_tiles, r);
+            if (whole)
+                kernel->layer_tile(c, rows, row, count, panel, panels,
+                                   w->data + min64(panel + panels + r, w->panels - 1) * w->panel_bytes + w->codes_at);
+            else
+                integer_tile(kernel, c, rows, row, count, panel, panels);
+            row += count;
+        }
+        panel += panels;
+    }
 }
 
 /* Float products: weights are decoded a piece of k at a time, and the piece is used by every row of the block. Float
@@ -299,11 +310,12 @@ void qn_linear(const qn_kernel *kernel, const qn_call *c, uint8_t *scratch) {
             rows.a_stride = c->x_stride;
         } else {
             kernel->quantize_rows(c, &rows);
+            if (sums_groups(kernel, c)) pair_sums(c, &rows);
         }
         if (is_float(c))
             float_block(kernel, c, &rows, (float *)(scratch + s.decoded), (float *)(scratch + s.tiles));
         else
-            integer_block(kernel, c, &rows);
+            integer_block(kernel, c, &rows, 0, c->w->panels);
     }
     leave_default_mode(mode);
 }

@@ -8,11 +8,18 @@
  *   vf_load vf_store vu_load vu_store vf_splat vu_splat
  *   vf_rint vf_abs           round half to even; absolute value
  *   vf_min vf_max            a < b ? a : b;  a > b ? a : b    (so the second operand where either is NaN)
+ *   vu_max vi_max            the larger as unsigned, as signed integers; vu_largest vi_largest: of a vector's lanes
  *   vf_less(a, b, x, y)      a < b ? x : y
  *   vf_nan_to_zero           x == x ? x : 0
  *   vf_from_vu, vu_from_vf   convert int32 (its bits held as uint32) to float, and back (whole values only)
  *   vf_bits, vu_bits         the same bits, as float / as integer
+ *   vu_from_rounded          convert to int32, rounding half to even
+ *   vf_far_from_tie(x, m)    1 if every lane of x[4] is at least m away from halfway between two integers; 0 where one is
+ *                            NaN, either where one is an infinity
  *   vu_store_u8, vu_store_code   the low byte of each lane; an activation code in the kernel's width
+ *   vu_store_codes(p, q)     four vectors of codes, in the kernel's width, those beyond 0..255 as its ends; gives their
+ *                            sums, QN_W of them, each of any four codes
+ *   vu_multiply              the low 32 bits of products
  *   vu_load_u8               bytes, zero-extended
  *   QN_A_BYTES               bytes an activation code takes
  */
@@ -106,34 +113,46 @@ QN_INLINE VU quantize(VF x, VF scale, VF low, VF high, VU zero) {
     return vu_from_vf(vf_min(vf_max(t, low), high)) + zero;
 }
 
-QN_INLINE VF finite_or_zero(VF x) { return vf_less(vf_abs(x), vf_splat(INFINITY), x, vf_splat(0.0f)); }
+/* The range of the finite entries of x[k], extended to contain 0: every entry is looked at. */
+static void range_of_finite(const float *x, int64_t k, float *low, float *high) {
+    *low = *high = 0.0f;
+    for (int64_t i = 0; i < k; i++) {
+        if (!(fabsf(x[i]) < INFINITY)) continue;
+        *low = x[i] < *low ? x[i] : *low;
+        *high = x[i] > *high ? x[i] : *high;
+    }
+}
 
-/* The range of the finite entries of x[k], extended to contain 0. */
-static void finite_range(const float *x, int64_t k, float *low, float *high) {
-    VF lo[4], hi[4]; /* four chains: a minimum takes longer than it takes to start the next */
-    for (int j = 0; j < 4; j++) lo[j] = hi[j] = vf_splat(0.0f);
+/* The range of the finite entries of x[k], extended to contain 0. As integers, the bits of floats rise with a positive
+ * number and, unsigned, with the size of a negative one, infinities and NaN above all numbers: two integer maxima, which
+ * more of a core's units can do than float ones, find both ends and whether all is finite, as it nearly always is. Returns
+ * that. */
+static int finite_range(const float *x, int64_t k, float *low, float *high) {
+    VU lo[4], hi[4]; /* four chains: a maximum takes longer than it takes to start the next */
+    for (int j = 0; j < 4; j++) lo[j] = hi[j] = vu_splat(0);
     int64_t i = 0;
     for (; i + 4 * QN_W <= k; i += 4 * QN_W) {
         for (int j = 0; j < 4; j++) {
-            VF v = finite_or_zero(vf_load(x + i + j * QN_W));
-            lo[j] = vf_min(lo[j], v);
-            hi[j] = vf_max(hi[j], v);
+            VU v = vu_bits(vf_load(x + i + j * QN_W));
+            lo[j] = vu_max(v, lo[j]);
+            hi[j] = vi_max(v, hi[j]);
         }
     }
     for (; i < k; i += QN_W) {
-        VF v = finite_or_zero(load_some(x + i, k - i));
-        lo[0] = vf_min(lo[0], v);
-        hi[0] = vf_max(hi[0], v);
+        VU v = vu_bits(load_some(x + i, k - i));
+        lo[0] = vu_max(v, lo[0]);
+        hi[0] = vi_max(v, hi[0]);
     }
-    float los[QN_W], his[QN_W];
-    vf_store(los, vf_min(vf_min(lo[0], lo[1]), vf_min(lo[2], lo[3])));
-    vf_store(his, vf_max(vf_max(hi[0], hi[1]), vf_max(hi[2], hi[3])));
-    for (int j = 1; j < QN_W; j++) {
-        los[0] = los[j] < los[0] ? los[j] : los[0];
-        his[0] = his[j] > his[0] ? his[j] : his[0];
+    uint32_t least = vu_largest(vu_max(vu_max(lo[0], lo[1]), vu_max(lo[2], lo[3])));
+    uint32_t most = vi_largest(vi_max(vi_max(hi[0], hi[1]), vi_max(hi[2], hi[3])));
+    if (least < 0x80000000u) least = 0; /* nothing is negative */
+    if (least >= 0xFF800000u || most >= 0x7F800000u) {
+        range_of_finite(x, k, low, high);
+        return 0;
     }
-    *low = los[0];
-    *high = his[0];
+    memcpy(low, &least, 4);
+    memcpy(high, &most, 4);
+    return 1;
 }
 
 /* 1 where there is nothing but zeros; never below the smallest normal float32. */
@@ -142,14 +161,14 @@ static float valid_scale(float scale, float largest) {
     return scale < 0x1p-126f ? 0x1p-126f : scale;
 }
 
-/* The scale, zero point and range of a row's codes. */
-typedef struct { float scale; int32_t zero, low, high; } row_params;
+/* The scale, zero point and range of a row's codes, and whether entries of the row lie outside of that range. */
+typedef struct { float scale; int32_t zero, low, high, beyond; } row_params;
 
 static row_params params_of_row(const qn_call *c, const float *x) {
-    row_params p = {c->in_scale, c->in_zero, c->in_min, c->in_max};
+    row_params p = {c->in_scale, c->in_zero, c->in_min, c->in_max, 1};
     float low, high;
     if (c->input == QN_INPUT_DYNAMIC) {
-        finite_range(x, c->w->k, &low, &high);
+        p.beyond = !finite_range(x, c->w->k, &low, &high);
         float range = high - low;
         p.scale = valid_scale(range <= 0x1.fffffep127f ? range / 255.0f : high / 255.0f - low / 255.0f, high > -low ? high : -low);
         float zero = (0.0f - low) / p.scale;
@@ -157,7 +176,7 @@ static row_params params_of_row(const qn_call *c, const float *x) {
         p.low = 0;
         p.high = 255;
     } else if (c->input == QN_INPUT_DYNAMIC_SYMMETRIC) {
-        finite_range(x, c->w->k, &low, &high);
+        p.beyond = !finite_range(x, c->w->k, &low, &high);
         float largest = high > -low ? high : -low;
         p.scale = valid_scale(largest / 127.0f, largest);
         p.zero = 128;
@@ -167,11 +186,41 @@ static row_params params_of_row(const qn_call *c, const float *x) {
     return p;
 }
 
+/* How near to a tie x * (1 / scale) may come and still round as fl(x / scale) does: up to 512, beyond which every code is
+ * at an end of its range, the two differ by less than 2^-13. */
+#define TIE_MARGIN 0x1p-13f
+
+/* Can 1 / scale stand for the division? Not where it is subnormal, and so inexact, or overflows. */
+static int has_reciprocal(float scale) { return scale >= 0x1p-126f && scale <= 0x1p126f; }
+
+/* Four vectors of clamp(rint(x / scale) + zero), for which multiplying by the reciprocal is enough nearly always: the
+ * true division is only made where one of them comes near a tie, or is NaN. Unless `beyond`, no code lies outside of
+ * low..high by more than the rounding of the zero point. */
+QN_INLINE void quantize_four(const VF x[4], VF scale, VF reciprocal, VF low, VF high, VU zero, const int beyond, VU q[4]) {
+    VF t[4];
+    for (int j = 0; j < 4; j++) t[j] = x[j] * reciprocal;
+    if (vf_far_from_tie(t, TIE_MARGIN)) {
+        for (int j = 0; j < 4; j++) q[j] = vu_from_rounded(beyond ? vf_min(vf_max(t[j], low), high) : t[j]) + zero;
+    } else {
+        for (int j = 0; j < 4; j++) q[j] = quantize(x[j], scale, low, high, zero);
+    }
+}
+
 /* Quantize n floats into codes; returns the sum of the codes. */
-static int32_t quantize_floats(const float *x, int64_t n, row_params p, uint8_t *a) {
+QN_INLINE int32_t quantize_floats(const float *x, int64_t n, row_params p, const int beyond, uint8_t *a) {
     VF scale = vf_splat(p.scale), low = vf_splat((float)(p.low - p.zero)), high = vf_splat((float)(p.high - p.zero));
     VU zero = vu_splat((uint32_t)p.zero), sums = vu_splat(0);
     int64_t i = 0;
+    if (has_reciprocal(p.scale)) {
+        VF reciprocal = vf_splat(1.0f / p.scale);
+        for (; i + 4 * QN_W <= n; i += 4 * QN_W) {
+            VF v[4];
+            VU q[4];
+            for (int j = 0; j < 4; j++) v[j] = vf_load(x + i + j * QN_W);
+            quantize_four(v, scale, reciprocal, low, high, zero, beyond, q);
+            sums += vu_store_codes(a + i * QN_A_BYTES, q);
+        }
+    }
     for (; i + QN_W <= n; i += QN_W) {
         VU q = quantize(vf_load(x + i), scale, low, high, zero);
         sums += q;
@@ -191,23 +240,16 @@ static int32_t quantize_floats(const float *x, int64_t n, row_params p, uint8_t 
     return (int32_t)total;
 }
 
-/* Take n codes as they are (signed ones ^ 0x80); returns their sum. */
-static int32_t take_codes(const uint8_t *x, int64_t n, uint32_t flip, uint8_t *a) {
-    VU sums = vu_splat(0);
-    uint32_t lanes[QN_W], total = 0;
-    for (int64_t i = 0; i < n; i += QN_W) {
-        uint8_t some[QN_W];
-        size_t count = taken(n - i);
-        memset(some, (int)flip, QN_W); /* beyond the end: code 0 */
-        memcpy(some, x + i, count);
-        uint8_t codes[QN_W * QN_A_BYTES];
-        VU q = vu_load_u8(some) ^ vu_splat(flip);
-        sums += q;
-        vu_store_code(codes, q);
-        memcpy(a + i * QN_A_BYTES, codes, count * QN_A_BYTES);
-    }
-    vu_store(lanes, sums);
-    for (int j = 0; j < QN_W; j++) total += lanes[j];
+/* Take n codes as they are (signed ones ^ 0x80); returns their sum. Plain loops, which compilers turn into vectors. */
+static int32_t take_codes(const uint8_t *x, int64_t n, uint8_t flip, uint8_t *a) {
+    uint32_t total = 0;
+#if QN_A_BYTES == 2
+    uint16_t *codes = (uint16_t *)a;
+#else
+    uint8_t *codes = a;
+#endif
+    for (int64_t i = 0; i < n; i++) codes[i] = x[i] ^ flip;
+    for (int64_t i = 0; i < n; i++) total += x[i] ^ flip;
     return (int32_t)total;
 }
 
@@ -270,7 +312,8 @@ static void quantize_row_integer(const qn_call *c, qn_rows *rows, int64_t i, con
         uint8_t *to = a + g * w->group_k * QN_A_BYTES;
         rows->sum[i * w->groups + g] = takes_codes(c)
             ? take_codes(x + start, n, c->input == QN_INPUT_INT8_CODES ? 0x80 : 0, to)
-            : quantize_floats((const float *)x + start, n, p, to);
+            : p.beyond ? quantize_floats((const float *)x + start, n, p, 1, to)
+                       : quantize_floats((const float *)x + start, n, p, 0, to);
         memset(to + n * QN_A_BYTES, 0, (size_t)(w->group_k - n) * QN_A_BYTES);
     }
 }
@@ -304,32 +347,141 @@ static void quantize_rows(const qn_call *c, qn_rows *rows) {
 
 /* ---- the epilogue ---- */
 
-/* What the epilogue does is the same for every row of a tile, so it is decided once per vector of columns and the rows
- * are a loop without decisions: `activation` and `kind` are constants where this is inlined. */
-typedef enum { GROUP, FLOATS, CODES, SUMS } epilogue_kind;
+/* Give one row of finished sums to y as floats: `activation` is a constant where this is inlined. */
+QN_INLINE void emit_floats(const float *values, int64_t columns, float *y, const qn_activation activation) {
+    int64_t n = 0;
+    for (; n + QN_W <= columns; n += QN_W) vf_store(y + n, activate(vf_load(values + n), activation));
+    if (n < columns) {
+        float lanes[QN_W];
+        vf_store(lanes, activate(vf_load(values + n), activation));
+        memcpy(y + n, lanes, taken(columns - n) * 4);
+    }
+}
+
+/* The same as codes. */
+QN_INLINE void emit_codes(const qn_call *c, const float *values, int64_t columns, uint8_t *y, const qn_activation activation) {
+    VF scale = vf_splat(c->out_scale), low = vf_splat((float)(c->out_min - c->out_zero)),
+       high = vf_splat((float)(c->out_max - c->out_zero));
+    VU zero = vu_splat((uint32_t)c->out_zero);
+    int64_t n = 0;
+    if (has_reciprocal(c->out_scale)) {
+        VF reciprocal = vf_splat(1.0f / c->out_scale);
+        for (; n + 4 * QN_W <= columns; n += 4 * QN_W) {
+            VF v[4];
+            VU q[4];
+            for (int j = 0; j < 4; j++) v[j] = activate(vf_load(values + n + j * QN_W), activation);
+            quantize_four(v, scale, reciprocal, low, high, zero, 1, q);
+            for (int j = 0; j < 4; j++) vu_store_u8(y + n + j * QN_W, q[j]);
+        }
+    }
+    for (; n < columns; n += QN_W) {
+        uint8_t lanes[QN_W];
+        vu_store_u8(lanes, quantize(activate(vf_load(values + n), activation), scale, low, high, zero));
+        memcpy(y + n, lanes, taken(columns - n));
+    }
+}
+
+/* Give a tile of finished sums, float [count][stride] with bias and all, to y; from `column` on, as many as there are. */
+static void emit(const qn_call *c, const qn_rows *rows, int64_t row, int count, int64_t column, int64_t columns,
+                 const float *values, int64_t stride) {
+    int codes = c->output == QN_OUTPUT_INT8 || c->output == QN_OUTPUT_UINT8;
+    uint8_t *y = (uint8_t *)c->y + (rows->first + row) * c->y_stride + column * (codes ? 1 : 4);
+    if (columns > c->w->n - column) columns = c->w->n - column;
+#define EMIT(ACTIVATION)                                                                                               \
+    for (int r = 0; r < count; r++) {                                                                                  \
+        if (codes)                                                                                                     \
+            emit_codes(c, values + r * stride, columns, y + r * c->y_stride, ACTIVATION);                              \
+        else                                                                                                           \
+            emit_floats(values + r * stride, columns, (float *)(y + r * c->y_stride), ACTIVATION);                     \
+    }
+    switch (c->activation) {
+    case QN_RELU: EMIT(QN_RELU) break;
+    case QN_GELU: EMIT(QN_GELU) break;
+    case QN_GELU_TANH: EMIT(QN_GELU_TANH) break;
+    case QN_SILU: EMIT(QN_SILU) break;
+    default: EMIT(QN_IDENTITY) break;
+    }
+#undef EMIT
+}
+
+/* What the columns of one vector have in common: terms of the epilogue that no row changes. */
+typedef struct { VF scale, bias; VU code_sum, zero, int_bias; } column_terms;
+
+QN_INLINE column_terms terms_of_columns(const qn_weights *w, const uint8_t *panel, int n, int64_t g) {
+    column_terms t;
+    int64_t at = g * QN_NR + n;
+    int float8 = w->format >= QN_FLOAT8_E4M3FN;
+    t.scale = vf_load((const float *)(panel + w->scale_at) + at);
+    t.bias = w->bias == QN_BIAS_FLOAT32 ? vf_load((const float *)(panel + w->bias_at) + n) : vf_splat(-0.0f); /* x + -0 is x */
+    t.int_bias = w->bias == QN_BIAS_INT32 ? vu_load((const uint32_t *)(panel + w->bias_at) + n) : vu_splat(0);
+    t.code_sum = float8 ? vu_splat(0) : vu_load((const uint32_t *)(panel + w->sum_at) + at);
+    t.zero = w->asymmetric ? vu_load((const uint32_t *)(panel + w->zero_at) + at) : vu_splat(0);
+    return t;
+}
+
+/* sum of (a - za) (w - zw), from the sum of a w; za and `a_sum`, the sum of a - za, are the row's. */
+QN_INLINE VU correct(VU sum, const column_terms *t, int asymmetric, int32_t za, uint32_t a_sum) {
+    VU v = sum - vu_multiply(vu_splat((uint32_t)za), t->code_sum);
+    return asymmetric ? v - vu_multiply(t->zero, vu_splat(a_sum)) : v;
+}
+
+/* The row's sum of a - za in group g. */
+QN_INLINE uint32_t corrected_sum(const qn_weights *w, const qn_rows *rows, int64_t i, int64_t g) {
+    int64_t k = w->k - g * w->group < w->group ? w->k - g * w->group : w->group;
+    return (uint32_t)rows->sum[i * w->groups + g] - (uint32_t)k * (uint32_t)rows->zero[i];
+}
+
+enum { COLUMN_VECTORS = QN_TILE_VALUES / QN_W }; /* of a row of a tile, at most */
+
+/* Finish a tile of int8 products that has one group while it is in registers: R rows by V vectors of columns, from
+ * `column` (the first of a panel or of a part of one) on. */
+QN_INLINE void finish_tile(const int R, const int V, const qn_call *c, const qn_rows *rows, int64_t row, int64_t column,
+                           VU sum[][COLUMN_VECTORS]) {
+    const qn_weights *w = c->w;
+    const float *row_scale = rows->scale + row;
+    const int32_t *row_zero = rows->zero + row;
+    float values[QN_TILE_VALUES];
+    int direct = c->output == QN_OUTPUT_FLOAT32 && c->activation == QN_IDENTITY && column + V * QN_W <= w->n;
+    float *first = direct ? (float *)((uint8_t *)c->y + (rows->first + row) * c->y_stride) + column : values;
+    int64_t stride = direct ? c->y_stride / 4 : V * QN_W;
+    const uint8_t *panel = w->data + column / QN_NR * w->panel_bytes;
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) {
+        int n = (int)(column + v * QN_W) % QN_NR;
+        column_terms t = terms_of_columns(w, panel, n, 0);
+        float *to = first + v * QN_W;
+        if (w->asymmetric || w->bias == QN_BIAS_INT32) { /* seldom, and so kept out of the loop below */
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++)
+                sum[r][v] += t.int_bias - vu_multiply(t.zero, vu_splat(corrected_sum(w, rows, row + r, 0)));
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++, to += stride) {
+            VF product = vf_from_vu(correct(sum[r][v], &t, 0, row_zero[r], 0));
+            product = product * (vf_splat(row_scale[r]) * t.scale);
+            vf_store(to, product + t.bias);
+        }
+        if (n + QN_W == QN_NR) panel += w->panel_bytes;
+    }
+    if (!direct) emit(c, rows, row, R, column, V * QN_W, values, V * QN_W);
+}
+
+/* What the epilogue of one group does is the same for every row of a tile, so it is decided once per vector of columns
+ * and the rows are a loop without decisions: `kind` is a constant where this is inlined. */
+typedef enum { GROUP, LAST, SUMS } epilogue_kind;
 
 QN_INLINE void finish_columns(const qn_call *c, const qn_rows *rows, int64_t row, int count, const uint8_t *panel, int n,
                               int64_t columns, int64_t g, const int32_t *acc, const float *converted, float *sum, uint8_t *y,
-                              const epilogue_kind kind, const qn_activation activation) {
+                              const epilogue_kind kind) {
     const qn_weights *w = c->w;
     int float_input = c->input == QN_INPUT_FLOAT, summed = !acc && !converted, add_sum = g > 0 && !float_input && !summed;
-    int64_t at = g * QN_NR + n, k = w->k - g * w->group < w->group ? w->k - g * w->group : w->group;
-    VF scale = vf_load((const float *)(panel + w->scale_at) + at), bias = vf_splat(0.0f);
-    VU code_sum = vu_splat(0), weight_zero = code_sum, int_bias = code_sum;
-    if (acc) code_sum = vu_load((const uint32_t *)(panel + w->sum_at) + at);
-    if (acc && w->asymmetric) weight_zero = vu_load((const uint32_t *)(panel + w->zero_at) + at);
-    if (w->bias == QN_BIAS_INT32) int_bias = vu_load((const uint32_t *)(panel + w->bias_at) + n);
-    if (w->bias == QN_BIAS_FLOAT32) bias = vf_load((const float *)(panel + w->bias_at) + n);
-    VF out_scale = vf_splat(c->out_scale), out_low = vf_splat((float)(c->out_min - c->out_zero)),
-       out_high = vf_splat((float)(c->out_max - c->out_zero));
+    column_terms t = terms_of_columns(w, panel, n, g);
     for (int r = 0; r < count; r++, y += c->y_stride) {
         int64_t i = row + r, lane = (int64_t)r * QN_TILE_COLS + n;
         VF product;
         if (acc) {
-            VU v = vu_load((const uint32_t *)acc + lane) - vu_splat((uint32_t)rows->zero[i]) * code_sum;
-            if (w->asymmetric)
-                v -= weight_zero * vu_splat((uint32_t)rows->sum[i * w->groups + g] - (uint32_t)k * (uint32_t)rows->zero[i]);
-            v += int_bias;
+            uint32_t a_sum = w->asymmetric ? corrected_sum(w, rows, i, g) : 0;
+            VU v = correct(vu_load((const uint32_t *)acc + lane), &t, w->asymmetric, rows->zero[i], a_sum) + t.int_bias;
             if (kind == SUMS) {
                 uint32_t lanes[QN_W];
                 vu_store(lanes, v);
@@ -340,64 +492,38 @@ QN_INLINE void finish_columns(const qn_call *c, const qn_rows *rows, int64_t row
         } else {
             product = vf_load((converted ? converted : sum) + lane);
         }
-        if (!float_input && !summed) product = product * (vf_splat(rows->scale[i]) * scale);
+        if (!float_input && !summed) product = product * (vf_splat(rows->scale[i]) * t.scale);
         if (add_sum) product = vf_load(sum + lane) + product;
-        if (kind == GROUP) {
-            vf_store(sum + lane, product);
-            continue;
-        }
-        if (w->bias == QN_BIAS_FLOAT32) product = product + bias;
-        VF value = activate(product, activation);
-        if (kind == CODES) {
-            uint8_t lanes[QN_W];
-            vu_store_u8(lanes, quantize(value, out_scale, out_low, out_high, vu_splat((uint32_t)c->out_zero)));
-            memcpy(y, lanes, taken(columns));
-        } else if (columns >= QN_W) {
-            vf_store((float *)y, value);
-        } else {
-            float lanes[QN_W];
-            vf_store(lanes, value);
-            memcpy(y, lanes, taken(columns) * 4);
-        }
+        if (kind == LAST) product = product + t.bias;
+        vf_store(sum + lane, product);
     }
 }
 
 static void epilogue(const qn_call *c, const qn_rows *rows, int64_t row, int count, int64_t panel, int panels, int64_t g,
                      const int32_t *acc, const float *converted, float *sum) {
     const qn_weights *w = c->w;
-    int64_t element = c->output == QN_OUTPUT_INT8 || c->output == QN_OUTPUT_UINT8 ? 1 : 4;
-    int64_t skip = c->output == QN_OUTPUT_ACC32 ? g * w->n : 0; /* accumulators are kept apart group by group */
     epilogue_kind kind = c->output == QN_OUTPUT_ACC32 ? SUMS
-                         : g < w->groups - 1 && c->input != QN_INPUT_FLOAT ? GROUP
-                         : element == 1 ? CODES : FLOATS;
-#define FINISH(KIND, ACTIVATION)                                                                                       \
+                         : g < w->groups - 1 && c->input != QN_INPUT_FLOAT ? GROUP : LAST;
+#define FINISH(KIND)                                                                                                   \
     finish_columns(c, rows, row, count, from, n, columns, g, acc ? acc + p * QN_NR : 0,                                 \
-                   converted ? converted + p * QN_NR : 0, sum + p * QN_NR, y, KIND, ACTIVATION)
-#define FINISH_ACTIVATED(KIND)                                                                                         \
-    switch (c->activation) {                                                                                           \
-    case QN_RELU: FINISH(KIND, QN_RELU); break;                                                                        \
-    case QN_GELU: FINISH(KIND, QN_GELU); break;                                                                        \
-    case QN_GELU_TANH: FINISH(KIND, QN_GELU_TANH); break;                                                              \
-    case QN_SILU: FINISH(KIND, QN_SILU); break;                                                                        \
-    default: FINISH(KIND, QN_IDENTITY); break;                                                                         \
-    }
+                   converted ? converted + p * QN_NR : 0, sum + p * QN_NR, y, KIND)
     for (int p = 0; p < panels; p++) {
         const uint8_t *from = w->data + (panel + p) * w->panel_bytes;
         for (int n = 0; n < QN_NR; n += QN_W) {
             int64_t column = (panel + p) * QN_NR + n, columns = w->n - column;
             if (columns <= 0) break;
-            uint8_t *y = (uint8_t *)c->y + (rows->first + row) * c->y_stride + (skip + column) * element;
+            /* Accumulators are kept apart group by group. */
+            uint8_t *y = (uint8_t *)c->y + (rows->first + row) * c->y_stride + (g * w->n + column) * 4;
             switch (kind) {
-            case GROUP: FINISH(GROUP, QN_IDENTITY); break;
-            case SUMS: FINISH(SUMS, QN_IDENTITY); break;
-            case CODES: FINISH_ACTIVATED(CODES) break;
-            default: FINISH_ACTIVATED(FLOATS) break;
+            case GROUP: FINISH(GROUP); break;
+            case SUMS: FINISH(SUMS); break;
+            default: FINISH(LAST); break;
             }
         }
     }
-}
-#undef FINISH_ACTIVATED
+    if (kind == LAST) emit(c, rows, row, count, panel * QN_NR, panels * QN_NR, sum, QN_TILE_COLS);
 #undef FINISH
+}
 
 /* ---- decoding weights to floats ---- */
 
