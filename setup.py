@@ -34,7 +34,10 @@ else:
     ]
     if platform.machine() in ("x86_64", "AMD64"):
         compile_args.append("-march=x86-64-v2")  # the floor every wheel runs on; faster kernels are chosen at import
-    link_args, libraries = [], ["m"]
+    compile_args.append("-pthread")
+    link_args, libraries = ["-pthread"], ["m"]
+    if sys.platform.startswith("linux"):
+        link_args.append("-Wl,-z,nodelete")  # the pool's threads sleep in this code for as long as the process lives
     if DEBUG:
         compile_args.append("-g")
     if SANITIZE:
@@ -47,7 +50,7 @@ def extension(name: str, *sources: str) -> Extension:
         f"qnative._core.{name}",
         [f"qnative/_core/{name}.pyx", *sources],
         include_dirs=["csrc"],
-        depends=["csrc/qn_gemm.h", "csrc/qn_tile.h"],
+        depends=["csrc/qn_gemm.h", "csrc/qn_pool.h", "csrc/qn_tile.h"],
         extra_compile_args=compile_args,
         extra_link_args=link_args,
         libraries=libraries,
@@ -56,7 +59,12 @@ def extension(name: str, *sources: str) -> Extension:
 
 setup(
     ext_modules=cythonize(
-        [extension("elementwise"), extension("floats"), extension("linear", *C_SOURCES)],
+        [
+            extension("elementwise"),
+            extension("floats"),
+            extension("linear", *C_SOURCES),
+            extension("qnative_threads", "csrc/qn_pool.c"),
+        ],
         build_dir="build/cython",
         compiler_directives={
             "language_level": 3,

@@ -9,6 +9,7 @@ elementwise   count_nonfinite min_max quantize dequantize fake_quantize quantize
               pack_nibbles unpack_nibbles squared_sums histogram_of_codes
 floats        encode encode8 decode8 decode_bfloat16
 linear        PackedLinear activate isa isas cpu_features
+threads       MAX_THREADS get_num_threads set_num_threads set_default_threads   (qnative_threads, with a door for Cython)
 """
 
 from qnative._core.elementwise import (
@@ -26,8 +27,10 @@ from qnative._core.elementwise import (
 )
 from qnative._core.floats import decode8, decode_bfloat16, encode, encode8
 from qnative._core.linear import PackedLinear, activate, cpu_features, isa, isas
+from qnative._core.qnative_threads import MAX_THREADS, get_num_threads, set_default_threads, set_num_threads
 
 __all__ = [
+    "MAX_THREADS",
     "PackedLinear",
     "activate",
     "count_nonfinite",
@@ -39,6 +42,7 @@ __all__ = [
     "encode",
     "encode8",
     "fake_quantize",
+    "get_num_threads",
     "histogram_of_codes",
     "isa",
     "isas",
@@ -46,6 +50,8 @@ __all__ = [
     "pack_nibbles",
     "quantize",
     "quantize_float8",
+    "set_default_threads",
+    "set_num_threads",
     "squared_sums",
     "unpack_nibbles",
 ]

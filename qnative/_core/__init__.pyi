@@ -1,5 +1,6 @@
 """Types of the gate. The contract of every function is in the docstrings of the .pyx sources."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ _Float = NDArray[np.float32] | NDArray[np.float64]
 _Walk = tuple[int, int, int, int, bool, bool]
 
 __all__ = [
+    "MAX_THREADS",
     "PackedLinear",
     "activate",
     "count_nonfinite",
@@ -20,6 +22,7 @@ __all__ = [
     "encode",
     "encode8",
     "fake_quantize",
+    "get_num_threads",
     "histogram_of_codes",
     "isa",
     "isas",
@@ -27,6 +30,8 @@ __all__ = [
     "pack_nibbles",
     "quantize",
     "quantize_float8",
+    "set_default_threads",
+    "set_num_threads",
     "squared_sums",
     "unpack_nibbles",
 ]
@@ -76,6 +81,12 @@ def decode_bfloat16(codes: NDArray[np.uint16], out: NDArray[np.float32]) -> None
 def isa() -> str: ...
 def isas() -> dict[str, bool]: ...
 def cpu_features() -> dict[str, bool]: ...
+
+MAX_THREADS: int
+
+def get_num_threads() -> int: ...
+def set_num_threads(n: int | None) -> None: ...
+def set_default_threads(find: Callable[[], int]) -> None: ...
 def activate(x: NDArray[np.float32], activation: str | None, out: NDArray[np.float32]) -> None: ...
 
 class PackedLinear:
