@@ -115,6 +115,7 @@ typedef struct {
     const char *name;
     int (*usable)(void);
     int32_t a_bytes;                 /* bytes an activation code takes */
+    int32_t rate, float_rate;        /* multiply-adds a ns, roughly */
     int32_t rows, panels;            /* the largest tile */
     int32_t float_rows, float_panels;
     /* The whole way of int8 weights with one group: product and epilogue of a tile while its sums are in registers. Of
@@ -163,9 +164,14 @@ void qn_weights_layout(qn_weights *w);
 void qn_pack_panel(const qn_weights *w, int64_t p, const int8_t *codes, int64_t stride, int count);
 void qn_unpack_panel(const qn_weights *w, int64_t p, int8_t *codes, int64_t stride, int count);
 
-/* Bytes of scratch that a call needs (64-byte aligned), and the call. */
-int64_t qn_scratch_bytes(const qn_kernel *kernel, const qn_call *c);
-void qn_linear(const qn_kernel *kernel, const qn_call *c, uint8_t *scratch);
+/* Runs task(context, thread) on up to so many threads, the calling one (0) among them, and returns when all have ended. */
+typedef void (*qn_share)(int threads, void (*task)(void *context, int thread), void *context);
+
+/* About how long a call takes one thread, ns. */
+int64_t qn_linear_work(const qn_kernel *kernel, const qn_call *c);
+/* Bytes of scratch that a call needs (64-byte aligned), and the call; `share` is used where threads > 1. */
+int64_t qn_scratch_bytes(const qn_kernel *kernel, const qn_call *c, int threads);
+void qn_linear(const qn_kernel *kernel, const qn_call *c, uint8_t *scratch, int threads, qn_share share);
 
 /* One element's activation function, for tests and for the reference order of operations. */
 float qn_activate(float x, qn_activation activation);

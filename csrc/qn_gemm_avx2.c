@@ -172,7 +172,7 @@ static void tile_int4(int rows, int panels, int64_t k, const uint8_t *a, int64_t
 static int usable(void) { return qn_cpu_features()->avx2 && qn_cpu_features()->fma; }
 
 const qn_kernel qn_kernel_avx2 = {
-    .name = "avx2", .layer_panels = {0, 3, 3, 3, 3, 3, 3}, .layer_tile = layer_tile, .usable = usable, .a_bytes = QN_A_BYTES, .rows = 6, .panels = 3, .float_rows = 6, .float_panels = 1,
+    .name = "avx2", .layer_panels = {0, 3, 3, 3, 3, 3, 3}, .layer_tile = layer_tile, .usable = usable, .a_bytes = QN_A_BYTES, .rate = 75, .float_rate = 40, .rows = 6, .panels = 3, .float_rows = 6, .float_panels = 1,
     .quantize_rows = quantize_rows, .tile_int8 = tile_int8, .tile_int4 = tile_int4, .tile_float = tile_float,
     .decode = decode, .epilogue = epilogue,
 };

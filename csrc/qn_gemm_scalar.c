@@ -99,7 +99,7 @@ static void tile_float(int rows, int panels, int64_t k, const uint8_t *a, int64_
 static int always(void) { return 1; }
 
 const qn_kernel qn_kernel_scalar = {
-    .name = "scalar", .usable = always, .a_bytes = QN_A_BYTES, .rows = 4, .panels = 1, .float_rows = 4, .float_panels = 1,
+    .name = "scalar", .usable = always, .a_bytes = QN_A_BYTES, .rate = 2, .float_rate = 1, .rows = 4, .panels = 1, .float_rows = 4, .float_panels = 1,
     .quantize_rows = quantize_rows, .tile_int8 = tile_int8, .tile_int4 = tile_int4, .tile_float = tile_float,
     .decode = decode, .epilogue = epilogue,
 };

@@ -3,11 +3,22 @@
  * The linear layer around a kernel: packing weights into panels, and the walk over blocks of rows, panels and groups.
  */
 #include "qn_gemm.h"
+#include "qn_atomic.h"
 
 #include <string.h>
 
 static int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* n things cut into parts of nearly the same size: the first `longer` have one more than the others. */
+typedef struct { int64_t parts, size, longer; } partition;
+
+static partition cut_evenly(int64_t n, int64_t parts) {
+    return n > 0 ? (partition){parts, n / parts, n % parts} : (partition){0, 0, 0};
+}
+
+static int64_t part_size(const partition *p, int64_t i) { return p->size + (i < p->longer); }
+static int64_t part_start(const partition *p, int64_t i) { return i * p->size + min64(i, p->longer); }
 
 /* ---- packing ---- */
 
@@ -83,7 +94,8 @@ enum {
     BLOCK_BYTES = 768 << 10, /* quantized rows that stay in the L2 cache while the panels pass by */
     BLOCK_ROWS = 256,
     FLOAT_BLOCK_ROWS = 256,  /* rows that share the work of decoding the weights */
-    DECODED_K = 128          /* k of decoded weights that stay in the L1 cache */
+    DECODED_K = 128,         /* k of decoded weights that stay in the L1 cache */
+    PIECES_A_THREAD = 8      /* of a block, so that whoever is late leaves little to wait for */
 };
 
 /* Does the product run in float32: float activations, or float8 weights? */
@@ -107,8 +119,9 @@ static int64_t block_rows(const qn_kernel *kernel, const qn_call *c) {
     return min64(rows < tile ? tile : rows, c->m);
 }
 
-/* Scratch: | codes | scale | zero | sums | decoded weights | float tiles of a block | each 64-byte aligned. */
-typedef struct { int64_t scale, zero, sum, decoded, tiles, end; } scratch_layout;
+/* Scratch: | codes | scale | zero | sums | of a block, then for each thread | decoded weights | float tiles of a block |;
+ * each 64-byte aligned. */
+typedef struct { int64_t scale, zero, sum, threads, decoded_bytes, thread_bytes; } scratch_layout;
 
 static scratch_layout layout_scratch(const qn_kernel *kernel, const qn_call *c) {
     int64_t rows = block_rows(kernel, c);
@@ -116,13 +129,16 @@ static scratch_layout layout_scratch(const qn_kernel *kernel, const qn_call *c) 
     s.scale = row_bytes(kernel, c) * rows;
     s.zero = s.scale + round_up(rows * 4, 64);
     s.sum = s.zero + round_up(rows * 4, 64);
-    s.decoded = s.sum + round_up(rows * c->w->groups * 4, 64);
-    s.tiles = s.decoded + (is_float(c) ? DECODED_K * QN_TILE_COLS * 4 : 0);
-    s.end = s.tiles + (is_float(c) ? 2 * rows * QN_TILE_COLS * 4 : 0);
+    s.threads = s.sum + round_up(rows * c->w->groups * 4, 64);
+    s.decoded_bytes = DECODED_K * QN_TILE_COLS * 4;
+    s.thread_bytes = is_float(c) ? s.decoded_bytes + 2 * rows * QN_TILE_COLS * 4 : 0;
     return s;
 }
 
-int64_t qn_scratch_bytes(const qn_kernel *kernel, const qn_call *c) { return layout_scratch(kernel, c).end; }
+int64_t qn_scratch_bytes(const qn_kernel *kernel, const qn_call *c, int threads) {
+    scratch_layout s = layout_scratch(kernel, c);
+    return s.threads + threads * s.thread_bytes;
+}
 
 /* K so large that a sum might not fit int32: raw sums of segments are added in int64, corrected there, and converted
  * once. Writes the accumulators if they are what was asked for, else their float values. */
@@ -207,23 +223,23 @@ static int goes_whole_way(const qn_kernel *kernel, const qn_call *c) {
     return kernel->layer_tile && c->w->format == QN_INT8 && c->w->groups == 1 && !c->wide && c->output != QN_OUTPUT_ACC32;
 }
 
-/* n things cut into parts of nearly the same size: the first `longer` have one more than the others. */
-typedef struct { int64_t parts, size, longer; } partition;
-
-static partition cut(int64_t n, int64_t most) {
-    int64_t parts = (n + most - 1) / most;
-    return (partition){parts, parts ? n / parts : 0, parts ? n % parts : 0};
+static partition tiles_of_rows(const qn_kernel *kernel, int64_t count) {
+    return cut_evenly(count, (count + kernel->rows - 1) / kernel->rows);
 }
 
-static int64_t part_size(const partition *p, int64_t i) { return p->size + (i < p->longer); }
+/* Panels of a tile, when a block of `count` rows is cut into tiles. */
+static int64_t tile_panels(const qn_kernel *kernel, const qn_call *c, int64_t count) {
+    partition rows = tiles_of_rows(kernel, count);
+    return goes_whole_way(kernel, c) ? kernel->layer_panels[part_size(&rows, 0)] : kernel->panels;
+}
 
-/* A block of rows by panels [first, last). */
+/* Rows of a block by panels [first, last). Tiles are of nearly the same size, as a small one is slow for its size. */
 static void integer_block(const qn_kernel *kernel, const qn_call *c, const qn_rows *rows, int64_t first, int64_t last) {
     const qn_weights *w = c->w;
     int whole = goes_whole_way(kernel, c);
-    partition row_tiles = cut(rows->count, kernel->rows);
-    partition panel_tiles = cut(last - first, whole ? kernel->layer_panels[part_size(&row_tiles, 0)] : kernel->panels);
-    int64_t panel = first;
+    int64_t most = tile_panels(kernel, c, rows->count), panel = first;
+    partition row_tiles = tiles_of_rows(kernel, rows->count);
+    partition panel_tiles = cut_evenly(last - first, (last - first + most - 1) / most);
     for (int64_t p = 0; p < panel_tiles.parts; p++) {
         int panels = (int)part_size(&panel_tiles, p);
         int64_t row = 0;
@@ -242,12 +258,13 @@ static void integer_block(const qn_kernel *kernel, const qn_call *c, const qn_ro
 
 /* Float products: weights are decoded a piece of k at a time, and the piece is used by every row of the block. Float
  * activations take scaled weights in one chain over all k; float8 activations take a chain and a scale each group. */
-static void float_block(const qn_kernel *kernel, const qn_call *c, const qn_rows *rows, float *decoded, float *tiles) {
+static void float_block(const qn_kernel *kernel, const qn_call *c, const qn_rows *rows, int64_t first, int64_t last,
+                        float *decoded, float *tiles) {
     const qn_weights *w = c->w;
     int scaled = c->input == QN_INPUT_FLOAT;
     float *sums = tiles + rows->count * QN_TILE_COLS;
-    for (int64_t panel = 0; panel < w->panels; panel += kernel->float_panels) {
-        int panels = (int)min64(kernel->float_panels, w->panels - panel);
+    for (int64_t panel = first; panel < last; panel += kernel->float_panels) {
+        int panels = (int)min64(kernel->float_panels, last - panel);
         for (int64_t g = 0; g < w->groups; g++) {
             if (g == 0 || !scaled) memset(tiles, 0, (size_t)(rows->count * QN_TILE_COLS) * 4);
             int64_t group_k = min64(w->group, w->k - g * w->group);
@@ -295,27 +312,107 @@ static uint64_t enter_default_mode(void) { return 0; }
 static void leave_default_mode(uint64_t before) { (void)before; }
 #endif
 
-void qn_linear(const qn_kernel *kernel, const qn_call *c, uint8_t *scratch) {
-    uint64_t mode = enter_default_mode();
-    scratch_layout s = layout_scratch(kernel, c);
-    int64_t block = block_rows(kernel, c);
-    qn_rows rows = {
-        .a = scratch, .a_stride = row_bytes(kernel, c), .scale = (float *)(scratch + s.scale),
-        .zero = (int32_t *)(scratch + s.zero), .sum = (int32_t *)(scratch + s.sum),
+/* ---- the call, shared among threads ---- */
+
+/* A block of rows is done in two phases, quantizing its rows and then multiplying, each cut into pieces. The pieces of all
+ * blocks are numbered in this order and taken one after another; a piece waits until all pieces of the phases before it
+ * are done, since the codes it reads, or writes over, are everybody's. Waiting is for threads that are at work only. */
+typedef struct {
+    const qn_kernel *kernel;
+    const qn_call *c;
+    uint8_t *scratch;
+    scratch_layout layout;
+    int64_t block;                                       /* rows of a block, but for the last */
+    partition quantize, rows, panels;                    /* the pieces of a full block: of its rows; of its products */
+    int64_t pieces_a_block, pieces;
+    qn_atomic next, done;                                /* pieces taken, and ended */
+} job;
+
+static void quantize_piece(const job *j, const qn_rows *rows) {
+    const qn_call *c = j->c;
+    qn_rows some = *rows;
+    j->kernel->quantize_rows(c, &some);
+    if (sums_groups(j->kernel, c)) pair_sums(c, &some);
+}
+
+static void multiply_piece(const job *j, const qn_rows *rows, int64_t first, int64_t last, int thread) {
+    if (is_float(j->c)) {
+        uint8_t *own = j->scratch + j->layout.threads + thread * j->layout.thread_bytes;
+        float_block(j->kernel, j->c, rows, first, last, (float *)own, (float *)(own + j->layout.decoded_bytes));
+    } else {
+        integer_block(j->kernel, j->c, rows, first, last);
+    }
+}
+
+/* Rows [first, first + count) of the block that begins at row `block` of the call. */
+static qn_rows rows_of_block(const job *j, int64_t block, int64_t first, int64_t count) {
+    const qn_call *c = j->c;
+    int in_place = c->input == QN_INPUT_FLOAT;
+    int64_t stride = in_place ? c->x_stride : row_bytes(j->kernel, c);
+    uint8_t *a = in_place ? (uint8_t *)c->x + block * stride : j->scratch;
+    return (qn_rows){
+        .first = block + first, .count = count, .a = a + first * stride, .a_stride = stride,
+        .scale = (float *)(j->scratch + j->layout.scale) + first, .zero = (int32_t *)(j->scratch + j->layout.zero) + first,
+        .sum = (int32_t *)(j->scratch + j->layout.sum) + first * c->w->groups,
     };
-    for (rows.first = 0; rows.first < c->m; rows.first += block) {
-        rows.count = min64(block, c->m - rows.first);
-        if (c->input == QN_INPUT_FLOAT) {
-            rows.a = (uint8_t *)c->x + rows.first * c->x_stride;
-            rows.a_stride = c->x_stride;
-        } else {
-            kernel->quantize_rows(c, &rows);
-            if (sums_groups(kernel, c)) pair_sums(c, &rows);
-        }
-        if (is_float(c))
-            float_block(kernel, c, &rows, (float *)(scratch + s.decoded), (float *)(scratch + s.tiles));
-        else
-            integer_block(kernel, c, &rows, 0, c->w->panels);
+}
+
+static void do_piece(const job *j, int64_t piece, int thread) {
+    int64_t block = piece / j->pieces_a_block * j->block, count = min64(j->block, j->c->m - block);
+    piece %= j->pieces_a_block;
+    int quantizing = piece < j->quantize.parts;
+    if (!quantizing) piece -= j->quantize.parts;
+    const partition *cut_rows = quantizing ? &j->quantize : &j->rows;
+    int64_t part = quantizing ? piece : piece / j->panels.parts;
+    int64_t first = min64(part_start(cut_rows, part), count), last = min64(part_start(cut_rows, part + 1), count);
+    if (first == last) return; /* the last block may have fewer rows */
+    qn_rows rows = rows_of_block(j, block, first, last - first);
+    if (quantizing) {
+        quantize_piece(j, &rows);
+    } else {
+        int64_t panel = piece % j->panels.parts;
+        multiply_piece(j, &rows, part_start(&j->panels, panel), part_start(&j->panels, panel + 1), thread);
+    }
+}
+
+/* What must be done before `piece`: the pieces of the phases before its own. */
+static int64_t before(const job *j, int64_t piece) {
+    int64_t block = piece / j->pieces_a_block * j->pieces_a_block;
+    return piece - block < j->quantize.parts ? block : block + j->quantize.parts;
+}
+
+static void work(void *context, int thread) {
+    job *j = context;
+    uint64_t mode = enter_default_mode();
+    int64_t piece;
+    while ((piece = qn_atomic_add(&j->next, 1)) < j->pieces) {
+        int64_t needed = before(j, piece);
+        for (int tries = 0; qn_atomic_get(&j->done) < needed; tries++) qn_relax(tries);
+        do_piece(j, piece, thread);
+        qn_atomic_add(&j->done, 1);
     }
     leave_default_mode(mode);
+}
+
+int64_t qn_linear_work(const qn_kernel *kernel, const qn_call *c) {
+    double weights = (double)c->w->k * (double)c->w->n, rate = is_float(c) ? kernel->float_rate : kernel->rate;
+    double ns = weights * (double)c->m / rate + weights / 100;
+    return ns < 1e15 ? (int64_t)ns : (int64_t)1e15;
+}
+
+void qn_linear(const qn_kernel *kernel, const qn_call *c, uint8_t *scratch, int threads, qn_share share) {
+    job j = {.kernel = kernel, .c = c, .scratch = scratch, .layout = layout_scratch(kernel, c), .block = block_rows(kernel, c)};
+    int64_t tile = is_float(c) ? kernel->float_rows : kernel->rows, tiles = (j.block + tile - 1) / tile;
+    int64_t wanted = threads > 1 ? threads * PIECES_A_THREAD : 1;
+    /* Panels first: a piece of them is read by one core only. Rows are cut only where there are too few panels. */
+    int64_t panel_tile = is_float(c) ? kernel->float_panels : tile_panels(kernel, c, j.block);
+    j.panels = cut_evenly(c->w->panels, min64(wanted, (c->w->panels + panel_tile - 1) / panel_tile));
+    j.rows = cut_evenly(j.block, min64((wanted + j.panels.parts - 1) / j.panels.parts, tiles));
+    j.quantize = cut_evenly(c->input == QN_INPUT_FLOAT ? 0 : j.block, min64(wanted, tiles));
+    j.pieces_a_block = j.quantize.parts + j.rows.parts * j.panels.parts;
+    j.pieces = j.pieces_a_block * ((c->m + j.block - 1) / j.block);
+    if (threads > 1)
+        share(threads, work, &j);
+    else
+        work(&j, 0);
 }

@@ -1,22 +1,30 @@
 # cython: boundscheck=False
 """The linear layer: packed weights, one forward call, and which kernel runs.
 
-a) `PackedLinear` owns the packed panels and the fixed part of a call. It is written once, by `__cinit__`; after that it
-   is read-only, so any number of threads may call `run` on one object.
-b) `run` checks the buffers it is given against the sizes it holds, every time, and then is one C call without the GIL.
-c) Scratch is allocated and freed by the call itself.
+a) `PackedLinear` owns the packed panels and the fixed part of a call. They are written once, by `_pack`; after that they
+   are read-only, so any number of threads may call one object. `qnative.QuantizedLinear` derives from it, so that calling
+   a layer is calling this class, without a Python frame between.
+b) A call looks at its arrays' type, shape and memory here, every time. What it cannot take as it is, it hands to the
+   derived class's `_as_input` and `_check_out`, which convert or explain, and looks again.
+c) Then it is one C call, without the GIL unless it is over sooner than another thread could have it.
 """
 
 import os
 
-from cpython.buffer cimport (
-    PyBUF_C_CONTIGUOUS, PyBUF_FORMAT, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer,
-)
+import numpy as np
+
+cimport numpy as cnp
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uintptr_t
-from libc.string cimport memcpy, memset, strcmp
+from libc.string cimport memcpy, memset
 
 from qnative._core.qn_gemm cimport *
+from qnative._core.qnative_threads cimport pool_run, pool_threads_for
+
+cnp.import_array()
+
+# A call that takes less is over before another thread could have got and given back the GIL.
+cdef int64_t KEEP_GIL_NS = 5000
 
 cdef dict FORMATS = {
     "int8": QN_INT8, "int4": QN_INT4, "float8_e4m3fn": QN_FLOAT8_E4M3FN, "float8_e5m2": QN_FLOAT8_E5M2,
@@ -29,10 +37,9 @@ cdef dict OUTPUTS = {
     "float32": QN_OUTPUT_FLOAT32, "int8": QN_OUTPUT_INT8, "uint8": QN_OUTPUT_UINT8,
     "acc32": QN_OUTPUT_ACC32, "acc64": QN_OUTPUT_ACC64,
 }
-cdef dict OUTPUT_BUFFERS = {  # how an output's elements are spelled by the buffer protocol
-    "float32": (b"f",), "int8": (b"b",), "uint8": (b"B",), "acc32": (b"i", b"l"), "acc64": (b"q", b"l"),
+cdef dict OUTPUT_TYPES = {
+    "float32": cnp.NPY_FLOAT32, "int8": cnp.NPY_INT8, "uint8": cnp.NPY_UINT8, "acc32": cnp.NPY_INT32, "acc64": cnp.NPY_INT64,
 }
-cdef dict OUTPUT_BYTES = {"float32": 4, "int8": 1, "uint8": 1, "acc32": 4, "acc64": 8}
 cdef dict ACTIVATIONS = {
     None: QN_IDENTITY, "relu": QN_RELU, "gelu": QN_GELU, "gelu_tanh": QN_GELU_TANH, "silu": QN_SILU,
 }
@@ -96,70 +103,145 @@ def cpu_features():
 
 # The layer
 
-cdef class PackedLinear:
-    """A weight matrix packed for the kernels, and how to call it.
+cdef bint is_type(cnp.ndarray a, int type) noexcept:
+    """Types that are the same but for the name (C's long and long long) count as one."""
+    return cnp.PyArray_TYPE(a) == type or cnp.PyArray_EquivTypenums(cnp.PyArray_TYPE(a), type)
 
-    Parameters
-    ----------
-    codes : uint8[n, k], or uint8[n, 4 * ceil(k / 8)] for int4
-        int8's bytes (signed codes), nibbles 0..15 packed two a byte, or float8 codes.
-    k : int
-        in_features.
-    group : int
-        k that share a scale; k itself where there are no groups.
-    scale : float32[n, groups]
-    zero : int32[n, groups] or None
-        Zero points in the terms of `codes`; None where all are 0.
-    bias : float32[n], int32[n] or None
-    format, input, activation, output : str
-        Names as in FORMATS, INPUTS, ACTIVATIONS, OUTPUTS.
-    in_params, out_params : (scale, zero, min, max)
-        Of a static input (as unsigned codes) and of an integer output.
-    signed_codes : bool
-        Whether codes given as input are int8 (else uint8).
-    wide : bool
-        Accumulate in int64.
-    """
+
+cdef bint rows_are_contiguous(cnp.ndarray a) noexcept:
+    """Aligned, in native byte order, and such that rows (the last axis) are whole and lie at one distance."""
+    cdef int n = cnp.PyArray_NDIM(a)
+    if not cnp.PyArray_ISBEHAVED_RO(a):
+        return False
+    return cnp.PyArray_IS_C_CONTIGUOUS(a) or (
+        n == 2 and cnp.PyArray_STRIDE(a, 1) == cnp.PyArray_ITEMSIZE(a) and cnp.PyArray_SIZE(a) > 0
+    )
+
+
+cdef int64_t count_rows(cnp.ndarray a) noexcept:
+    cdef int64_t rows = 1
+    cdef int i
+    for i in range(cnp.PyArray_NDIM(a) - 1):
+        rows *= cnp.PyArray_DIM(a, i)
+    return rows
+
+
+cdef int64_t row_stride(cnp.ndarray a) noexcept:
+    """Bytes from a row to the next of an array whose rows are contiguous."""
+    cdef int n = cnp.PyArray_NDIM(a)
+    if n == 2:
+        return cnp.PyArray_STRIDE(a, 0)
+    return cnp.PyArray_DIM(a, n - 1) * cnp.PyArray_ITEMSIZE(a)
+
+
+cdef bint may_overlap(cnp.ndarray a, cnp.ndarray b) noexcept:
+    """Whether the memory between the ends of `a`, whose rows are contiguous, and of `b`, which is C-contiguous, overlaps."""
+    cdef uintptr_t a_first = <uintptr_t>cnp.PyArray_DATA(a), a_last = a_first
+    cdef uintptr_t b_first = <uintptr_t>cnp.PyArray_DATA(b), b_last = b_first + cnp.PyArray_NBYTES(b)
+    cdef int64_t further = (count_rows(a) - 1) * row_stride(a)
+    if cnp.PyArray_SIZE(a) == 0:
+        return False
+    a_last += cnp.PyArray_DIM(a, cnp.PyArray_NDIM(a) - 1) * cnp.PyArray_ITEMSIZE(a)
+    if further > 0:
+        a_last += further
+    else:
+        a_first += further
+    return a_first < b_last and b_first < a_last
+
+
+cdef bint compute(const qn_kernel *kernel, const qn_call *c, int threads) noexcept nogil:
+    """Make the call; whether there was memory for it."""
+    cdef uint8_t *scratch = qn_scratch_take(qn_scratch_bytes(kernel, c, threads))
+    if scratch is NULL:
+        return False
+    qn_linear(kernel, c, scratch, threads, pool_run)
+    qn_scratch_give(scratch)
+    return True
+
+
+cdef int execute(const qn_kernel *kernel, const qn_call *c) except -1:
+    cdef int64_t work = qn_linear_work(kernel, c)
+    cdef bint had_memory
+    if c.m == 0 or c.w.n == 0:
+        return 0
+    if work < KEEP_GIL_NS:
+        had_memory = compute(kernel, c, 1)
+    else:
+        with nogil:
+            had_memory = compute(kernel, c, pool_threads_for(work))
+    if not had_memory:
+        raise MemoryError(f"{qn_scratch_bytes(kernel, c, 1)} bytes of scratch for a thread")
+    return 0
+
+
+cdef class PackedLinear:
+    """A weight matrix packed for the kernels, and how to call it; `_pack` fills it, once."""
 
     cdef qn_weights w
     cdef qn_call call
-    cdef void *memory
-    cdef bint signed_codes
-    cdef readonly str output
+    cdef int input_type, output_type  # NumPy's numbers; the input's besides float32, or -1
+    cdef str output
 
-    def __cinit__(
+    def __cinit__(self, *arguments, **settings):
+        memset(&self.w, 0, sizeof(self.w))
+        memset(&self.call, 0, sizeof(self.call))
+
+    def __dealloc__(self):
+        qn_weights_free(self.w.data)
+
+    def _pack(
         self, const uint8_t[:, ::1] codes not None, int64_t k, int64_t group, const float[:, ::1] scale not None,
-        const int32_t[:, ::1] zero, bias, *, str format, str input, str activation, str output,
+        const int32_t[:, ::1] zero, bias, *, str format, str input, activation, str output,
         tuple in_params, tuple out_params, bint signed_codes, bint wide,
     ):
+        """Pack the weights and set how calls are made.
+
+        Parameters
+        ----------
+        codes : uint8[n, k], or uint8[n, 4 * ceil(k / 8)] for int4
+            int8's bytes (signed codes), nibbles 0..15 packed two a byte, or float8 codes.
+        k : int
+            in_features.
+        group : int
+            k that share a scale; k itself where there are no groups.
+        scale : float32[n, groups]
+        zero : int32[n, groups] or None
+            Zero points in the terms of `codes`; None where all are 0.
+        bias : float32[n], int32[n] or None
+        format, input, activation, output : str
+            Names as in FORMATS, INPUTS, ACTIVATIONS, OUTPUTS.
+        in_params, out_params : (scale, zero, min, max)
+            Of a static input (as unsigned codes) and of an integer output.
+        signed_codes : bool
+            Whether codes given as input are int8 (else uint8).
+        wide : bool
+            Accumulate in int64.
+        """
         cdef const float[::1] float_bias
         cdef const int32_t[::1] int_bias
         cdef int64_t width = 4 * ((k + 7) // 8) if format == "int4" else k
-        memset(&self.w, 0, sizeof(self.w))
-        memset(&self.call, 0, sizeof(self.call))
-        self.w.format = FORMATS[format]
-        self.w.n, self.w.k, self.w.group = codes.shape[0], k, group
+        cdef qn_weights w
+        if self.w.data is not NULL:
+            raise RuntimeError("the weights are packed already, and another thread may be reading them; make a new layer")
+        memset(&w, 0, sizeof(w))
+        w.format = FORMATS[format]
+        w.n, w.k, w.group = codes.shape[0], k, group
         if not (0 <= k <= QN_MAX_K and 1 <= group <= max(k, 1) and codes.shape[1] == width):
             raise ValueError(f"k={k}, group={group} do not fit codes of {codes.shape[1]} bytes a row")
-        self.w.asymmetric = zero is not None
+        w.asymmetric = zero is not None
         if bias is None:
-            self.w.bias = QN_NO_BIAS
+            w.bias = QN_NO_BIAS
         elif bias.dtype == "int32":
-            self.w.bias, int_bias = QN_BIAS_INT32, bias
+            w.bias, int_bias = QN_BIAS_INT32, bias
         else:
-            self.w.bias, float_bias = QN_BIAS_FLOAT32, bias
-        qn_weights_layout(&self.w)
-        if scale.shape[0] != self.w.n or scale.shape[1] != self.w.groups:
-            raise ValueError(f"scale must have shape ({self.w.n}, {self.w.groups})")
-        if zero is not None and (zero.shape[0] != self.w.n or zero.shape[1] != self.w.groups):
-            raise ValueError(f"zero must have shape ({self.w.n}, {self.w.groups})")
-        if bias is not None and bias.shape != (self.w.n,):
-            raise ValueError(f"bias must have shape ({self.w.n},)")
-        self.memory = PyMem_RawMalloc(self.w.panels * self.w.panel_bytes + 64)
-        if self.memory is NULL:
-            raise MemoryError(f"{self.w.panels * self.w.panel_bytes} bytes for packed weights")
-        self.w.data = <uint8_t *>(<uintptr_t>self.memory + 63 & ~<uintptr_t>63)
-        self.pack(codes, scale, zero, float_bias, int_bias)
+            w.bias, float_bias = QN_BIAS_FLOAT32, bias
+        qn_weights_layout(&w)
+        if scale.shape[0] != w.n or scale.shape[1] != w.groups:
+            raise ValueError(f"scale must have shape ({w.n}, {w.groups})")
+        if zero is not None and (zero.shape[0] != w.n or zero.shape[1] != w.groups):
+            raise ValueError(f"zero must have shape ({w.n}, {w.groups})")
+        if bias is not None and bias.shape != (w.n,):
+            raise ValueError(f"bias must have shape ({w.n},)")
 
         self.call.w = &self.w
         self.call.input, self.call.output = INPUTS[input], OUTPUTS[output]
@@ -167,11 +249,15 @@ cdef class PackedLinear:
         self.call.wide = wide
         self.call.in_scale, self.call.in_zero, self.call.in_min, self.call.in_max = in_params
         self.call.out_scale, self.call.out_zero, self.call.out_min, self.call.out_max = out_params
-        self.signed_codes = signed_codes
+        self.input_type = (cnp.NPY_INT8 if signed_codes else cnp.NPY_UINT8) if input == "static" else -1
+        self.output_type = OUTPUT_TYPES[output]
         self.output = output
 
-    def __dealloc__(self):
-        PyMem_RawFree(self.memory)
+        w.data = qn_weights_allocate(w.panels * w.panel_bytes)
+        if w.data is NULL:
+            raise MemoryError(f"{w.panels * w.panel_bytes} bytes for packed weights")
+        self.w = w  # from here on __dealloc__ frees it
+        self.pack(codes, scale, zero, float_bias, int_bias)
 
     cdef int pack(
         self, const uint8_t[:, ::1] codes, const float[:, ::1] scale, const int32_t[:, ::1] zero,
@@ -227,11 +313,11 @@ cdef class PackedLinear:
         return self.w.panels * self.w.panel_bytes
 
     @property
-    def groups(self):
+    def _groups(self):
         """Scales a row of weights has."""
         return self.w.groups
 
-    def codes(self, uint8_t[:, ::1] out not None):
+    def _read_codes(self, uint8_t[:, ::1] out not None):
         """Write the codes back, one a byte: out : uint8[n, k]; nibbles 0..15 for int4."""
         cdef int64_t p
         if out.shape[0] != self.w.n or out.shape[1] != self.w.k:
@@ -244,7 +330,7 @@ cdef class PackedLinear:
                     &self.w, p, <int8_t *>&out[p * QN_NR, 0], self.w.k, <int>min(<int64_t>QN_NR, self.w.n - p * QN_NR),
                 )
 
-    def scales(self, float[:, ::1] scale not None, int32_t[:, ::1] zero not None):
+    def _read_scales(self, float[:, ::1] scale not None, int32_t[:, ::1] zero not None):
         """Write the scales and zero points back: float32[n, groups] and int32[n, groups]."""
         cdef int64_t n, g, at
         cdef const uint8_t *panel
@@ -258,7 +344,7 @@ cdef class PackedLinear:
                 scale[n, g] = (<const float *>(panel + self.w.scale_at))[at]
                 zero[n, g] = (<const int32_t *>(panel + self.w.zero_at))[at] if self.w.asymmetric else 0
 
-    def bias(self, out not None):
+    def _read_bias(self, out not None):
         """Write the bias back: out : float32[n] or int32[n], as it was given."""
         cdef float[::1] floats
         cdef int32_t[::1] ints
@@ -274,7 +360,7 @@ cdef class PackedLinear:
             for n in range(self.w.n):
                 floats[n] = (<const float *>(self.w.data + n // QN_NR * self.w.panel_bytes + self.w.bias_at))[n % QN_NR]
 
-    def quantize_input(
+    def _quantize_rows(
         self, const float[:, ::1] x not None, uint8_t[:, ::1] codes, float[:, ::1] values,
         float[::1] scale not None, int32_t[::1] zero not None,
     ):
@@ -314,60 +400,133 @@ cdef class PackedLinear:
                     memcpy(&codes[i, g * self.w.group], rows.a + g * self.w.group_k, count)
         PyMem_RawFree(memory)
 
-    def run(self, x not None, y not None, str output=None, str isa=None):
-        """y = layer(x), without the GIL.
+    # Calling
 
-        x : float32 or codes [..., k], y : [..., n] of the output's dtype ([..., groups, n] for accumulators); both
-        C-contiguous and aligned. `output` asks for another output than the layer's ("acc32", "acc64"), `isa` for another
-        kernel than the chosen one.
+    cdef int check_packed(self) except -1:
+        if self.w.data is NULL:
+            raise RuntimeError("this layer has no weights: its __init__ has not run, or has failed; make a new one")
+        return 0
+
+    cdef bint takes(self, object x) noexcept:
+        """Whether x can be read as it is."""
+        cdef cnp.ndarray a
+        cdef int n
+        if not cnp.PyArray_Check(x):
+            return False
+        a = <cnp.ndarray>x
+        n = cnp.PyArray_NDIM(a)
+        return (
+            n >= 1 and cnp.PyArray_DIM(a, n - 1) == self.w.k and rows_are_contiguous(a)
+            and (cnp.PyArray_TYPE(a) == cnp.NPY_FLOAT32 or cnp.PyArray_TYPE(a) == self.input_type)
+        )
+
+    cdef bint can_write(self, object out, cnp.ndarray x) noexcept:
+        """Whether out is where the result for x can be written to."""
+        cdef cnp.ndarray y
+        cdef int i, n = cnp.PyArray_NDIM(x)
+        if not cnp.PyArray_Check(out):
+            return False
+        y = <cnp.ndarray>out
+        if not (is_type(y, self.output_type) and cnp.PyArray_NDIM(y) == n and cnp.PyArray_ISCARRAY(y)):
+            return False
+        for i in range(n - 1):
+            if cnp.PyArray_DIM(y, i) != cnp.PyArray_DIM(x, i):
+                return False
+        return cnp.PyArray_DIM(y, n - 1) == self.w.n and not may_overlap(x, y)
+
+    cdef object make_output(self, cnp.ndarray x):
+        cdef cnp.npy_intp shape[64]  # as many dimensions as an array can have
+        cdef int i, n = cnp.PyArray_NDIM(x)
+        for i in range(n - 1):
+            shape[i] = cnp.PyArray_DIM(x, i)
+        shape[n - 1] = self.w.n
+        return cnp.PyArray_EMPTY(n, shape, self.output_type, 0)
+
+    cdef object forward(self, object x, object out, const qn_kernel *kernel):
+        cdef qn_call c = self.call
+        self.check_packed()
+        if not self.takes(x):
+            x = self._as_input(x)
+            if not self.takes(x):
+                raise TypeError(f"_as_input gave {type(x).__name__}, which this layer cannot read")
+        if out is None:
+            out = self.make_output(x)
+        elif not self.can_write(out, x):
+            self._check_out(out, x)
+            raise ValueError("out is not where the result for x can be written to")
+        self.set_arrays(&c, x, out, self.w.n)
+        execute(kernel, &c)
+        return out
+
+    cdef void set_arrays(self, qn_call *c, cnp.ndarray x, cnp.ndarray y, int64_t columns) noexcept:
+        """x must be taken, and y C-contiguous with `columns` entries for each row of x."""
+        if cnp.PyArray_TYPE(x) != cnp.NPY_FLOAT32:
+            c.input = QN_INPUT_INT8_CODES if self.input_type == cnp.NPY_INT8 else QN_INPUT_UINT8_CODES
+        c.m = count_rows(x)
+        c.x, c.x_stride = cnp.PyArray_DATA(x), row_stride(x)
+        c.y, c.y_stride = cnp.PyArray_DATA(y), columns * cnp.PyArray_ITEMSIZE(y)
+
+    def __call__(self, x, out=None):
+        """Run the layer.
+
+        Parameters
+        ----------
+        x : array_like, shape (..., in_features)
+            float32 (other floats are rounded to it first); with static activations also the codes themselves. Whole rows
+            at any distance from each other are read where they lie; others are copied.
+        out : numpy.ndarray, shape (..., out_features), optional
+            Where to write the result: C-contiguous, of the result's dtype, sharing no memory with x.
+
+        Returns
+        -------
+        numpy.ndarray
+            float32, or the output's codes (int8 or uint8).
+
+        Raises
+        ------
+        ValueError
+            If x or out has the wrong shape, or out cannot be written to directly.
+        TypeError
+            If x is neither of floats nor of this layer's codes.
+        """
+        return self.forward(x, out, CHOSEN)
+
+    def _forward(self, x, out=None, str isa=None):
+        """Run the layer, on a named kernel if `isa` is given (tests compare them)."""
+        return self.forward(x, out, CHOSEN if isa is None else kernel_named(isa))
+
+    def _run(self, x not None, y not None, str output not None, str isa=None):
+        """y = the layer's output, or the accumulators before it ("acc32", "acc64"), of x, which must need no conversion.
+
+        y : [..., n] of the output's dtype, [..., groups, n] for accumulators; C-contiguous.
         """
         cdef qn_call c = self.call
         cdef const qn_kernel *kernel = CHOSEN if isa is None else kernel_named(isa)
-        cdef Py_buffer xb, yb
-        cdef void *memory = NULL
-        cdef int64_t columns, item
-        cdef str kind = self.output if output is None else output
-        c.output = OUTPUTS[kind]
-        if kind != self.output:
-            if kind != ("acc64" if self.call.wide else "acc32"):
-                raise ValueError(f"this layer gives {self.output}, not {kind}")
+        cdef int64_t columns
+        self.check_packed()
+        if output not in OUTPUTS:
+            raise ValueError(f"output={output!r} is not one of {', '.join(OUTPUTS)}")
+        c.output = OUTPUTS[output]
+        if output != self.output:
+            if output != ("acc64" if self.call.wide else "acc32"):
+                raise ValueError(f"this layer gives {self.output}, not {output}")
             if c.input == QN_INPUT_FLOAT or self.w.format >= QN_FLOAT8_E4M3FN:
                 raise ValueError("float products have no accumulators")
-        item = OUTPUT_BYTES[kind]
-        columns = self.w.n * (self.w.groups if kind.startswith("acc") else 1)
-        PyObject_GetBuffer(x, &xb, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT)
-        try:
-            PyObject_GetBuffer(y, &yb, PyBUF_C_CONTIGUOUS | PyBUF_FORMAT | PyBUF_WRITABLE)
-        except BaseException:
-            PyBuffer_Release(&xb)
-            raise
-        try:
-            if xb.ndim < 1 or xb.shape[xb.ndim - 1] != self.w.k:
-                raise ValueError(f"x must have {self.w.k} columns")
-            c.m = 1
-            for i in range(xb.ndim - 1):
-                c.m *= xb.shape[i]
-            if strcmp(xb.format, b"f") != 0:
-                if c.input != QN_INPUT_STATIC or strcmp(xb.format, b"b" if self.signed_codes else b"B") != 0:
-                    raise ValueError(f"x has the buffer format {xb.format.decode()!r}, which this layer does not take")
-                c.input = QN_INPUT_INT8_CODES if self.signed_codes else QN_INPUT_UINT8_CODES
-            if yb.format not in OUTPUT_BUFFERS[kind] or yb.itemsize != item or yb.len != c.m * columns * item:
-                raise ValueError(f"y must be {kind} with {c.m} rows of {columns}")
-            if <uintptr_t>xb.buf % xb.itemsize or <uintptr_t>yb.buf % yb.itemsize:
-                raise ValueError("x and y must be aligned to their elements")
-            if c.m == 0 or columns == 0:
-                return
-            c.x, c.x_stride = xb.buf, self.w.k * xb.itemsize
-            c.y, c.y_stride = yb.buf, columns * item
-            memory = PyMem_RawMalloc(qn_scratch_bytes(kernel, &c) + 64)
-            if memory is NULL:
-                raise MemoryError(f"{qn_scratch_bytes(kernel, &c)} bytes of scratch")
-            with nogil:
-                qn_linear(kernel, &c, <uint8_t *>(<uintptr_t>memory + 63 & ~<uintptr_t>63))
-        finally:
-            PyMem_RawFree(memory)
-            PyBuffer_Release(&xb)
-            PyBuffer_Release(&yb)
+        columns = self.w.n * (self.w.groups if output.startswith("acc") else 1)
+        if not self.takes(x):
+            raise ValueError(f"x must have {self.w.k} columns, and be float32 or codes that lie in whole rows")
+        if not (
+            cnp.PyArray_Check(y) and is_type(y, OUTPUT_TYPES[output]) and cnp.PyArray_ISCARRAY(y)
+            and cnp.PyArray_SIZE(y) == count_rows(x) * columns and not may_overlap(x, y)
+        ):
+            raise ValueError(f"y must be {output} with {count_rows(x)} rows of {columns}, apart from x")
+        self.set_arrays(&c, x, y, columns)
+        execute(kernel, &c)
+
+
+def scratch_kept():
+    """Return how many bytes of scratch the calling thread keeps for its next call."""
+    return qn_scratch_kept()
 
 
 def activate(const float[::1] x not None, str activation, float[::1] out not None):

@@ -90,6 +90,17 @@ cdef extern from "qn_gemm.h" nogil:
     void qn_weights_layout(qn_weights *w) noexcept
     void qn_pack_panel(const qn_weights *w, int64_t p, const int8_t *codes, int64_t stride, int count) noexcept
     void qn_unpack_panel(const qn_weights *w, int64_t p, int8_t *codes, int64_t stride, int count) noexcept
-    int64_t qn_scratch_bytes(const qn_kernel *kernel, const qn_call *c) noexcept
-    void qn_linear(const qn_kernel *kernel, const qn_call *c, uint8_t *scratch) noexcept
+    ctypedef void (*qn_share)(int threads, void (*task)(void *context, int thread), void *context) noexcept
+
+    int64_t qn_linear_work(const qn_kernel *kernel, const qn_call *c) noexcept
+    int64_t qn_scratch_bytes(const qn_kernel *kernel, const qn_call *c, int threads) noexcept
+    void qn_linear(const qn_kernel *kernel, const qn_call *c, uint8_t *scratch, int threads, qn_share share) noexcept
     float qn_activate(float x, qn_activation activation) noexcept
+
+
+cdef extern from "qn_scratch.h" nogil:
+    uint8_t *qn_scratch_take(int64_t bytes) noexcept
+    void qn_scratch_give(uint8_t *memory) noexcept
+    int64_t qn_scratch_kept() noexcept
+    uint8_t *qn_weights_allocate(int64_t bytes) noexcept
+    void qn_weights_free(uint8_t *memory) noexcept
