@@ -8,6 +8,8 @@
 #ifndef QN_POOL_H
 #define QN_POOL_H
 
+#include <stdint.h>
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -26,7 +28,12 @@ typedef void (*qn_task)(void *context, int thread);
  * return. Threads of the pool compute in the default floating-point mode, whatever the caller's is. */
 void qn_pool_run(int threads, qn_task task, void *context);
 
-/* How many threads a call should ask for: what was set, else the default once somebody has found it, else 0. */
+/* How many threads a call should ask for whose work takes one thread `work` ns, of which a rough estimate is enough:
+ * 1 .. the limit. Few when there is little to share, and 1 when it would be over before a sleeping thread wakes, unless
+ * calls come in quick succession. Asking is cheap, and tells the pool of that succession; ask once a call. */
+int qn_pool_threads_for(int64_t work);
+
+/* How many threads a call may use: what was set, else the default once somebody has found it, else 0. */
 int qn_pool_limit(void);
 
 /* From now on; calls under way keep what they began with. 0: back to the default, which is then not known. */

@@ -3,12 +3,14 @@
 Its file is called qnative_threads so that threadpoolctl, which knows libraries by how their file names begin, finds it.
 """
 
+from libc.stdint cimport int64_t
 
 cdef extern from "qn_pool.h" nogil:
     enum:
         QN_POOL_MAX_THREADS
 
     void qn_pool_run(int threads, qn_task task, void *context) noexcept
+    int qn_pool_threads_for(int64_t work) noexcept
     int qn_pool_limit() noexcept
     void qn_pool_set_limit(int threads) noexcept
     void qn_pool_set_default_limit(int threads) noexcept
@@ -20,6 +22,11 @@ cdef object FIND_DEFAULT = None
 
 cdef void pool_run(int threads, qn_task task, void *context) noexcept nogil:
     qn_pool_run(threads, task, context)
+
+
+cdef int pool_threads_for(int64_t nanoseconds) noexcept nogil:
+    pool_limit()
+    return qn_pool_threads_for(nanoseconds)
 
 
 cdef int pool_limit() noexcept nogil:
