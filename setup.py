@@ -3,7 +3,9 @@
 import os
 import platform
 import sys
+from glob import glob
 
+import numpy
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
@@ -19,6 +21,7 @@ C_SOURCES = [
     "csrc/qn_gemm_vnni256.c",
     "csrc/qn_gemm_vnni.c",
     "csrc/qn_linear.c",
+    "csrc/qn_scratch.c",
 ]
 
 if sys.platform == "win32":
@@ -49,8 +52,9 @@ def extension(name: str, *sources: str) -> Extension:
     return Extension(
         f"qnative._core.{name}",
         [f"qnative/_core/{name}.pyx", *sources],
-        include_dirs=["csrc"],
-        depends=["csrc/qn_gemm.h", "csrc/qn_pool.h", "csrc/qn_tile.h"],
+        include_dirs=["csrc", numpy.get_include()],
+        define_macros=[("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION")],
+        depends=[*glob("csrc/*.h"), "csrc/qn_gemm_vnni256.c"],
         extra_compile_args=compile_args,
         extra_link_args=link_args,
         libraries=libraries,

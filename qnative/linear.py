@@ -31,7 +31,7 @@ _INT32_MAX = 2**31 - 1
 _MAX_IN_FEATURES = 1 << 23
 
 
-class QuantizedLinear:
+class QuantizedLinear(_core.PackedLinear):
     """``y = activation(x @ weight.T + bias)`` with quantized weights, and usually quantized activations.
 
     Build one with `from_float`, `from_tensor` or `QuantizedModel`. The weights are packed once for the machine and held
@@ -85,10 +85,9 @@ class QuantizedLinear:
         bias_array = self._check_bias(bias)
         self._bias_dtype = None if bias_array is None else bias_array.dtype
         self._wide = self._sum_may_overflow(tensor, bias_array)
-        self._packed = self._pack(tensor, bias_array)
-        out = np.dtype(np.float32) if self._output is None else np.dtype(self._output.dtype)
-        self._out_dtype = out
         self._static = isinstance(self._activations, QParams)
+        self._out_dtype = np.dtype(np.float32) if self._output is None else np.dtype(self._output.dtype)
+        self._pack_tensor(tensor, bias_array)
 
     # Building
 
@@ -145,6 +144,10 @@ class QuantizedLinear:
         """Build a layer of weights that are quantized already; parameters as for `from_float`."""
         return cls(tensor, bias, activations, activation=activation, output=output)
 
+    def _group_count(self) -> int:
+        size = self._config.group_size
+        return 1 if size is None or self.in_features == 0 else -(-self.in_features // size)
+
     def _check_bias(self, bias: ArrayLike | None) -> NDArray[Any] | None:
         if bias is None:
             return None
@@ -157,7 +160,7 @@ class QuantizedLinear:
                     "an int32 bias is in units of input_scale * weight_scale, which needs static activations "
                     "and integer weights; pass a float32 bias"
                 )
-            if self._groups() > 1:
+            if self._group_count() > 1:
                 raise ValueError("an int32 bias needs one scale per output; with groups pass a float32 bias")
             return np.require(given, np.int32, ["C_CONTIGUOUS", "ALIGNED"])
         with np.errstate(over="ignore"):
@@ -165,10 +168,6 @@ class QuantizedLinear:
         if not np.isfinite(array).all():
             raise ValueError(f"bias has {np.count_nonzero(~np.isfinite(array))} values that are not finite float32")
         return array
-
-    def _groups(self) -> int:
-        size = self._config.group_size
-        return 1 if size is None or self.in_features == 0 else -(-self.in_features // size)
 
     def _sum_may_overflow(self, tensor: QuantizedTensor, bias: NDArray[Any] | None) -> bool:
         """Whether a sum over (a group of) in_features, with the int32 bias, might not fit int32."""
@@ -188,7 +187,7 @@ class QuantizedLinear:
             largest += int(np.abs(bias.astype(np.int64)).max())
         return largest > _INT32_MAX
 
-    def _pack(self, tensor: QuantizedTensor, bias: NDArray[Any] | None) -> _core.PackedLinear:
+    def _pack_tensor(self, tensor: QuantizedTensor, bias: NDArray[Any] | None) -> None:
         """Hand codes, scales and zero points to the kernels in their terms: signed bytes, unsigned nibbles."""
         info, config, (n, k) = tensor.config.info, tensor.config, tensor.shape
         axis = None if config.axis is None else config.axis % 2
@@ -199,7 +198,7 @@ class QuantizedLinear:
             )
         if config.group_size is not None and axis == 0:
             raise ValueError("groups along axis 0 mix outputs; quantize with groups along axis 1 (in_features)")
-        groups = self._groups()
+        groups = self._group_count()
         grouped = (n, groups)
         per_row = config.group_size is None
         scale, zero = tensor.scale, tensor.zero_point.astype(np.int32) + _stored_offset(config)
@@ -225,74 +224,39 @@ class QuantizedLinear:
         out_params = (1.0, 0, 0, 0)
         if out is not None:
             out_params = (float(out.scale), int(out.zero_point), int(out.quant_min or 0), int(out.quant_max or 0))
-        return _core.PackedLinear(
+        self._pack(
             codes, k, max(1, min(k, config.group_size or k)), scale, zeros, bias,
             format="int4" if info.bits == 4 else "int8" if not info.is_float else info.name,
             input=kind, activation=self._activation, output="float32" if out is None else out.dtype,
             in_params=in_params, out_params=out_params, signed_codes=signed, wide=self._wide,
         )  # fmt: skip
 
-    # Calling
-
-    def __call__(self, x: ArrayLike, out: NDArray[Any] | None = None) -> NDArray[Any]:
-        """Run the layer.
-
-        Parameters
-        ----------
-        x : array_like, shape (..., in_features)
-            float32 (other floats are rounded to it first); with static activations also the codes themselves.
-        out : numpy.ndarray, shape (..., out_features), optional
-            Where to write the result: C-contiguous, of the result's dtype, sharing no memory with x.
-
-        Returns
-        -------
-        numpy.ndarray
-            float32, or the output's codes (int8 or uint8).
-
-        Raises
-        ------
-        ValueError
-            If x or out has the wrong shape, or out cannot be written to directly.
-        TypeError
-            If x is neither of floats nor of this layer's codes.
-        """
-        return self._forward(x, out)
-
-    def _forward(self, x: ArrayLike, out: NDArray[Any] | None = None, isa: str | None = None) -> NDArray[Any]:
-        """Run the layer, on a named kernel if `isa` is given (tests compare them)."""
-        array = self._as_input(x)
-        shape = (*array.shape[:-1], self._shape[0])
-        if out is None:
-            out = np.empty(shape, self._out_dtype)
-        else:
-            self._check_out(out, shape, array)
-        self._packed.run(array, out, isa=isa)
-        return out
+    # Calling: __call__ is native; what it cannot take as it is comes here.
 
     def _as_input(self, x: ArrayLike) -> NDArray[Any]:
+        """Return x as float32, or as codes, C-contiguous, aligned and in native byte order; explain what cannot be."""
         array = x if isinstance(x, np.ndarray) else np.asarray(x)
         if array.ndim < 1 or array.shape[-1] != self._shape[1]:
             raise ValueError(f"x has shape {array.shape}; its last dimension must be in_features={self._shape[1]}")
-        if array.dtype == np.float32 and array.dtype.isnative and array.flags.c_contiguous and array.flags.aligned:
-            return array
         if self._static and array.dtype == _input_dtype(self._activations):
-            return np.ascontiguousarray(array)
+            return np.require(array, requirements=["C", "ALIGNED"])
         if array.dtype.kind in "iu" and self._static:
             raise TypeError(
                 f"x holds {array.dtype}; this layer takes float32, or {_input_dtype(self._activations)} codes"
             )
         with np.errstate(over="ignore"):
-            return np.ascontiguousarray(as_float_array(array), np.float32)
+            return np.require(as_float_array(array), np.float32, ["C", "ALIGNED"])
 
-    def _check_out(self, out: NDArray[Any], shape: tuple[int, ...], x: NDArray[Any]) -> None:
+    def _check_out(self, out: NDArray[Any], x: NDArray[Any]) -> None:
+        """Explain why the result for x cannot be written to out."""
+        shape = (*x.shape[:-1], self.out_features)
         if not isinstance(out, np.ndarray):
             raise TypeError(f"out must be a numpy.ndarray, not {type(out).__name__}")
         if out.shape != shape or out.dtype != self._out_dtype:
             raise ValueError(f"out is {out.dtype} of shape {out.shape}; it must be {self._out_dtype} of shape {shape}")
         if not (out.flags.c_contiguous and out.flags.aligned and out.flags.writeable):
             raise ValueError("out must be C-contiguous, aligned and writeable; pass one made by np.empty")
-        if np.may_share_memory(out, x):
-            raise ValueError("out shares memory with x, which is still read while out is written; pass another array")
+        raise ValueError("out shares memory with x, which is still read while out is written; pass another array")
 
     def quantize_input(self, x: ArrayLike) -> tuple[NDArray[Any], NDArray[np.float32], NDArray[Any]]:
         """Quantize x as a call does.
@@ -314,11 +278,11 @@ class QuantizedLinear:
         scale, zero = np.ones(len(rows), np.float32), np.zeros(len(rows), np.int32)
         if info.is_float:
             values = np.empty(rows.shape, np.float32)
-            self._packed.quantize_input(rows, None, values, scale, zero)
+            self._quantize_rows(rows, None, values, scale, zero)
             codes = encode(values, info.name)
         else:
             codes = np.empty(rows.shape, np.uint8)
-            self._packed.quantize_input(rows, codes, None, scale, zero)
+            self._quantize_rows(rows, codes, None, scale, zero)
             if fixed == "dynamic_symmetric" or (isinstance(fixed, QParams) and _input_dtype(fixed) == np.int8):
                 codes, zero = (codes ^ np.uint8(0x80)).view(np.int8), zero - 128
         codes = codes.reshape(array.shape)
@@ -343,9 +307,9 @@ class QuantizedLinear:
                 "the products of float activations or float8 weights are float32; there are no accumulators"
             )
         array = self._as_input(x)
-        middle = () if self._config.group_size is None else (self._packed.groups,)
+        middle = () if self._config.group_size is None else (self._groups,)
         out = np.empty((*array.shape[:-1], *middle, self.out_features), np.int64 if self._wide else np.int32)
-        self._packed.run(array, out, output="acc64" if self._wide else "acc32", isa=isa)
+        self._run(array, out, "acc64" if self._wide else "acc32", isa)
         return out
 
     # What it is
@@ -386,7 +350,7 @@ class QuantizedLinear:
         if self._bias_dtype is None:
             return None
         out = np.empty(self.out_features, self._bias_dtype)
-        self._packed.bias(out)
+        self._read_bias(out)
         return out
 
     @property
@@ -422,14 +386,9 @@ class QuantizedLinear:
     @property
     def bias_scale(self) -> NDArray[np.float32] | None:
         """The unit of an int32 bias, ``input_scale * weight_scale``; None with groups or without static activations."""
-        if not isinstance(self._activations, QParams) or self._groups() > 1:
+        if not isinstance(self._activations, QParams) or self._group_count() > 1:
             return None
         return np.asarray(self._activations.scale * self.weight_scale, np.float32)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the packed layer takes: codes, scales, sums, zero points, bias, padding."""
-        return int(self._packed.nbytes)
 
     @property
     def memory_savings_bytes(self) -> int:
@@ -447,7 +406,7 @@ class QuantizedLinear:
         """Rebuild the `QuantizedTensor` from the packed form, bit for bit the one that the layer was built from."""
         config, info = self._config, self._config.info
         raw = np.empty(self._shape, np.uint8)
-        self._packed.codes(raw)
+        self._read_codes(raw)
         codes = raw - np.uint8(_stored_offset(config) % 256)  # modulo 256, as bytes are
         scale, zero_point = self._scales()
         data = store_codes(codes.view(info.storage), zero_point, config)
@@ -458,10 +417,10 @@ class QuantizedLinear:
     def _scales(self) -> tuple[NDArray[np.float32], NDArray[Any]]:
         """Read the scales and zero points back from the packed form, in the shapes that a tensor has them in."""
         shape = Granules.of_config(self._shape, self._config).shape
-        packed = (self.out_features, self._packed.groups)
+        packed = (self.out_features, self._groups)
         scale: NDArray[np.float32] = np.empty(packed, np.float32)
         zero: NDArray[np.int32] = np.empty(packed, np.int32)
-        self._packed.scales(scale, zero)
+        self._read_scales(scale, zero)
         count = math.prod(shape)
         if scale.size < count:  # no output, and still one scale for all
             scale = np.ones(count, np.float32)

@@ -501,7 +501,7 @@ def test_the_gate_gives_no_accumulators_that_are_not_sums() -> None:
         layer = qn.QuantizedLinear.from_float(w, None, config)
         y = np.zeros((2, 4), np.int64 if output == "acc64" else np.int32)
         with pytest.raises(ValueError, match=r"acc64|accumulators"):
-            layer._packed.run(x, y, output=output)
+            layer._run(x, y, output)
         assert not y.any()
     low, high = np.full(1, np.inf, np.float32), np.full(1, -np.inf, np.float32)
     with pytest.raises(ValueError, match="layout"):  # a product that would wrap around to 8 elements

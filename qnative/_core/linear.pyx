@@ -23,6 +23,12 @@ from qnative._core.qnative_threads cimport pool_run, pool_threads_for
 
 cnp.import_array()
 
+cdef extern from "Python.h":
+    int PyTraceMalloc_Track(unsigned int domain, uintptr_t memory, size_t bytes) nogil
+    int PyTraceMalloc_Untrack(unsigned int domain, uintptr_t memory) nogil
+
+cdef unsigned int TRACE_DOMAIN = 0x716E  # "qn": so that tracemalloc counts the weights
+
 # A call that takes less is over before another thread could have got and given back the GIL.
 cdef int64_t KEEP_GIL_NS = 5000
 
@@ -187,7 +193,9 @@ cdef class PackedLinear:
         memset(&self.call, 0, sizeof(self.call))
 
     def __dealloc__(self):
-        qn_weights_free(self.w.data)
+        if self.w.data is not NULL:
+            PyTraceMalloc_Untrack(TRACE_DOMAIN, <uintptr_t>self.w.data)
+            qn_weights_free(self.w.data)
 
     def _pack(
         self, const uint8_t[:, ::1] codes not None, int64_t k, int64_t group, const float[:, ::1] scale not None,
@@ -257,6 +265,7 @@ cdef class PackedLinear:
         if w.data is NULL:
             raise MemoryError(f"{w.panels * w.panel_bytes} bytes for packed weights")
         self.w = w  # from here on __dealloc__ frees it
+        PyTraceMalloc_Track(TRACE_DOMAIN, <uintptr_t>w.data, w.panels * w.panel_bytes)
         self.pack(codes, scale, zero, float_bias, int_bias)
 
     cdef int pack(
