@@ -37,16 +37,20 @@ QN_INLINE __m256i add_pairs(__m256i first_four, __m256i last_four) {
     return _mm256_permute4x64_epi64(_mm256_hadd_epi32(first_four, last_four), 0xD8);
 }
 
-/* sum += one k-step of R rows times eight columns. */
+/* sum += one k-step of R rows times eight columns. The instructions of a row are written out: 12 sums, the weights and
+ * these two temporaries are all 16 registers, and compilers that order and assign them by themselves spill or move sums. */
 QN_INLINE void multiply_step(const int R, __m256i sum[][2], const uint8_t *a, int64_t a_stride, __m256i first_four,
                              __m256i last_four) {
 #pragma GCC unroll 6
     for (int r = 0; r < R; r++) {
-        __m256i x = broadcast_step(a + r * a_stride);
-        sum[r][0] = _mm256_add_epi32(sum[r][0], _mm256_madd_epi16(x, first_four));
-        sum[r][1] = _mm256_add_epi32(sum[r][1], _mm256_madd_epi16(x, last_four));
-        /* Finish a row before the next: left to itself gcc starts all products first and spills the sums to the stack. */
-        __asm__ volatile("" : "+x"(sum[r][0]), "+x"(sum[r][1]));
+        __m256i x, product;
+        __asm__("vpbroadcastq %[step], %[x]\n\t" /* a row's k-step, four 16-bit codes, to every column */
+                "vpmaddwd %[first], %[x], %[product]\n\t"
+                "vpmaddwd %[last], %[x], %[x]\n\t"
+                "vpaddd %[product], %[sum0], %[sum0]\n\t"
+                "vpaddd %[x], %[sum1], %[sum1]"
+                : [sum0] "+x"(sum[r][0]), [sum1] "+x"(sum[r][1]), [x] "=&x"(x), [product] "=&x"(product)
+                : [step] "m"(*(const uint8_t(*)[8])(a + r * a_stride)), [first] "x"(first_four), [last] "x"(last_four));
     }
 }
 
@@ -83,8 +87,10 @@ QN_INLINE void multiply_row(int64_t k, const uint8_t *a, const uint8_t *b, VU ou
     for (int64_t i = 0; i < k; i += 8, b += 128) {
         __m256i even = broadcast_step(a + i * QN_A_BYTES), odd = broadcast_step(a + (i + 4) * QN_A_BYTES);
 #pragma GCC unroll 8
-        for (int j = 0; j < 8; j++)
+        for (int j = 0; j < 8; j++) {
             sum[j] = _mm256_add_epi32(sum[j], _mm256_madd_epi16(j < 4 ? even : odd, widen_signed(b + 16 * j)));
+            __asm__ volatile("" : "+x"(sum[j])); /* one after another, or gcc starts all products first and spills */
+        }
     }
 #pragma GCC unroll 2
     for (int h = 0; h < 2; h++)

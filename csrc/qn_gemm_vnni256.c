@@ -54,26 +54,34 @@ QN_INLINE void multiply_step(const int R, const int V, VU sum[][COLUMN_VECTORS],
     }
 }
 
+/* The vectors of weights at b: of P panels, int8 or the low or the high nibbles of int4. */
+typedef enum { BYTES, LOW_NIBBLES, HIGH_NIBBLES } weight_part;
+
+QN_INLINE void load_weights(const int P, const weight_part part, const uint8_t *b, int64_t panel_bytes, __m256i w[]) {
+#pragma GCC unroll 8
+    for (int v = 0; v < P * PANEL_VECTORS; v++) {
+        w[v] = _mm256_loadu_si256((const __m256i *)(b + v / PANEL_VECTORS * panel_bytes + v % PANEL_VECTORS * 32));
+        if (part == HIGH_NIBBLES) w[v] = _mm256_srli_epi16(w[v], 4);
+        if (part != BYTES) w[v] = _mm256_and_si256(w[v], _mm256_set1_epi8(15));
+    }
+}
+
 /* The sums over k of R rows by P panels; R, P and int4 are constants where this is inlined. */
 QN_INLINE void multiply(const int R, const int P, const int int4, int64_t k, const uint8_t *a, int64_t a_stride,
                         const uint8_t *b, int64_t panel_bytes, VU sum[][COLUMN_VECTORS]) {
-    __m256i w[8], odd[8];
-    const __m256i low_nibble = _mm256_set1_epi8(15);
+    __m256i w[8];
 #pragma GCC unroll 6
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
         for (int v = 0; v < P * PANEL_VECTORS; v++) sum[r][v] = vu_splat(0);
     for (int64_t i = 0; i < k; i += int4 ? 8 : 4, b += 64) {
-#pragma GCC unroll 8
-        for (int v = 0; v < P * PANEL_VECTORS; v++) {
-            w[v] = _mm256_loadu_si256((const __m256i *)(b + v / PANEL_VECTORS * panel_bytes + v % PANEL_VECTORS * 32));
-            if (int4) {
-                odd[v] = _mm256_and_si256(_mm256_srli_epi16(w[v], 4), low_nibble);
-                w[v] = _mm256_and_si256(w[v], low_nibble);
-            }
-        }
+        load_weights(P, int4 ? LOW_NIBBLES : BYTES, b, panel_bytes, w);
         multiply_step(R, P * PANEL_VECTORS, sum, a + i, a_stride, w);
-        if (int4) multiply_step(R, P * PANEL_VECTORS, sum, a + i + 4, a_stride, odd);
+        if (int4) {
+            __asm__ volatile("" ::: "memory"); /* load anew: there are no registers to keep both halves in */
+            load_weights(P, HIGH_NIBBLES, b, panel_bytes, w);
+            multiply_step(R, P * PANEL_VECTORS, sum, a + i + 4, a_stride, w);
+        }
     }
 }
 

@@ -2,10 +2,12 @@
  *
  * The C core without Python, so that it can be run where there is none: cross-compiled for another machine under an
  * emulator, or with the compiler's sanitizers. Random layers of every kind go through the core; standard output gets
- * one line, a hash of all that the scalar kernel computed. That hash is the same on every machine and with every
- * compiler, or the core does not keep its promise. Fails when another kernel usable here computes other bytes.
+ * one line, a hash of all that the scalar kernel computed on one thread. That hash is the same on every machine and with every
+ * compiler, or the core does not keep its promise. Fails when another kernel usable here computes other bytes,
+ * or any does when its work is shared among threads.
  */
 #include "qn_gemm.h"
+#include "qn_pool.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -13,7 +15,7 @@
 
 /* Sizes that leave a remainder wherever something is cut into pieces: rows into tiles, columns into panels and
  * vectors, k into groups, k-steps and the pieces of k that are decoded at a time. */
-enum { ROWS = 13, COLUMNS = 37, K = 133, GROUP = 32 };
+enum { ROWS = 13, COLUMNS = 37, K = 133, GROUP = 32, THREADS = 3 };
 
 typedef struct {
     qn_format format;
@@ -110,18 +112,20 @@ static int run(const layer_kind *kind, uint64_t *hash) {
     for (int i = 0; qn_kernels[i]; i++) {
         const qn_kernel *kernel = qn_kernels[i];
         if (!kernel->usable()) continue;
-        uint8_t *scratch = aligned(qn_scratch_bytes(kernel, &call));
-        memset(y, 0xAA, (size_t)y_bytes);
-        qn_linear(kernel, &call, scratch);
-        free(scratch);
-        if (i == 0) {
-            memcpy(expected, y, (size_t)y_bytes);
-            for (int64_t at = 0; at < y_bytes; at++) *hash = (*hash ^ y[at]) * 1099511628211ull; /* FNV-1a */
-        } else if (memcmp(expected, y, (size_t)y_bytes) != 0) {
-            fprintf(stderr, "%s differs: format %d, input %d, output %d, activation %d, groups of %d, wide %d\n",
-                    kernel->name, (int)kind->format, (int)kind->input, (int)kind->output, (int)kind->activation,
-                    (int)kind->group, kind->wide);
-            failures++;
+        for (int threads = 1; threads <= THREADS; threads += THREADS - 1) {
+            uint8_t *scratch = aligned(qn_scratch_bytes(kernel, &call, threads));
+            memset(y, 0xAA, (size_t)y_bytes);
+            qn_linear(kernel, &call, scratch, threads, qn_pool_run);
+            free(scratch);
+            if (i == 0 && threads == 1) {
+                memcpy(expected, y, (size_t)y_bytes);
+                for (int64_t at = 0; at < y_bytes; at++) *hash = (*hash ^ y[at]) * 1099511628211ull; /* FNV-1a */
+            } else if (memcmp(expected, y, (size_t)y_bytes) != 0) {
+                fprintf(stderr, "%s, %d threads differ: format %d, input %d, output %d, activation %d, groups of %d, wide %d\n",
+                        kernel->name, threads, (int)kind->format, (int)kind->input, (int)kind->output,
+                        (int)kind->activation, (int)kind->group, kind->wide);
+                failures++;
+            }
         }
     }
     free(w.data);

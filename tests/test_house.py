@@ -136,7 +136,9 @@ def test_c_headers_are_declared_once_and_know_no_python() -> None:
         for path in (PACKAGE / "_core").glob(pattern)
         for header in re.findall(r'cdef\s+extern\s+from\s+"(qn_\w+\.h)"', path.read_text(encoding="utf-8"))
     ]
-    assert sorted(declaring) == [("qn_gemm.h", "qn_gemm.pxd"), ("qn_pool.h", "qnative_threads.pyx")]
+    assert len({header for header, _ in declaring}) == len(declaring)
+    assert ("qn_pool.h", "qnative_threads.pyx") in declaring
+    assert {header for header, file in declaring if file == "qn_gemm.pxd"} >= {"qn_gemm.h", "qn_scratch.h"}
     for path in [*(ROOT / "csrc").glob("*.c"), *(ROOT / "csrc").glob("*.h")]:
         text = path.read_text(encoding="utf-8")
         assert "Python.h" not in text, f"{path.name} includes Python.h"
