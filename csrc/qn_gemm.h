@@ -52,6 +52,9 @@ enum {
     QN_TILE_VALUES = 8 * 48 /* rows * columns of a `layer_tile` at most, whatever its form */
 };
 
+static inline int64_t qn_min64(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t qn_round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
 typedef enum { QN_INT8, QN_INT4, QN_FLOAT8_E4M3FN, QN_FLOAT8_E5M2 } qn_format;
 
 /* How a row of activations becomes codes. */
@@ -126,6 +129,10 @@ typedef struct {
                        const uint8_t *ahead);
     /* Quantize rows->count rows of the call into rows->a, with scales, zero points and sums. */
     void (*quantize_rows)(const qn_call *c, qn_rows *rows);
+    /* The least and greatest of x[n] and 0, where all are finite, which it returns; else those of the finite ones. */
+    int (*range)(const float *x, int64_t n, float *low, float *high);
+    /* codes[n] = clamp(rint(x / scale) + zero, low, high), a byte each. */
+    void (*quantize_values)(const float *x, int64_t n, float scale, int32_t zero, int32_t low, int32_t high, uint8_t *codes);
     /* acc = sum over k (a multiple of 4; of 8 for int4) of a * b; b points into the first panel's codes. */
     void (*tile_int8)(int rows, int panels, int64_t k, const uint8_t *a, int64_t a_stride, const uint8_t *b,
                       int64_t panel_bytes, int32_t *acc);
@@ -158,14 +165,34 @@ typedef struct {
 } qn_cpu;
 const qn_cpu *qn_cpu_features(void);
 
+/* Runs task(context, thread) on up to so many threads, the calling one (0) among them, and returns when all have ended. */
+typedef void (*qn_share)(int threads, void (*task)(void *context, int thread), void *context);
+
 /* Fill in the sizes and offsets of w from format, bias, asymmetric, n, k and group. */
 void qn_weights_layout(qn_weights *w);
 /* Pack 16 (or fewer) rows of codes into panel p, with the sums of its groups; codes [count][k], one a byte. */
-void qn_pack_panel(const qn_weights *w, int64_t p, const int8_t *codes, int64_t stride, int count);
+void qn_pack_panel(const qn_kernel *kernel, const qn_weights *w, int64_t p, const int8_t *codes, int64_t stride, int count);
+
+/* What a matrix is packed from: n rows, `stride` bytes apart, of codes, one a byte (int4: nibbles, two a byte, the first in
+ * the low one), or of floats that become int8 codes low..high; scale and zero [n][groups] (zero where asymmetric), and a
+ * bias [n]. */
+typedef struct {
+    const void *codes;
+    const float *values; /* not both */
+    int64_t stride;
+    int32_t low, high;
+    const float *scale;
+    const int32_t *zero;
+    const void *bias;
+} qn_source;
+
+/* Pack a matrix into w->data; returns 0 where there was no memory for scratch. */
+int qn_pack(const qn_kernel *kernel, const qn_weights *w, const qn_source *from, int threads, qn_share share);
 void qn_unpack_panel(const qn_weights *w, int64_t p, int8_t *codes, int64_t stride, int count);
 
-/* Runs task(context, thread) on up to so many threads, the calling one (0) among them, and returns when all have ended. */
-typedef void (*qn_share)(int threads, void (*task)(void *context, int thread), void *context);
+/* The range of each row of x [n][k], rows `stride` bytes apart, extended to contain 0; returns how many are all finite. */
+int64_t qn_ranges(const qn_kernel *kernel, const float *x, int64_t n, int64_t k, int64_t stride, float *low, float *high,
+                  int threads, qn_share share);
 
 /* About how long a call takes one thread, ns. */
 int64_t qn_linear_work(const qn_kernel *kernel, const qn_call *c);

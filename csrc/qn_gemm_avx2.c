@@ -179,7 +179,7 @@ static int usable(void) { return qn_cpu_features()->avx2 && qn_cpu_features()->f
 
 const qn_kernel qn_kernel_avx2 = {
     .name = "avx2", .layer_panels = {0, 3, 3, 3, 3, 3, 3}, .layer_tile = layer_tile, .usable = usable, .a_bytes = QN_A_BYTES, .rate = 75, .float_rate = 40, .rows = 6, .panels = 3, .float_rows = 6, .float_panels = 1,
-    .quantize_rows = quantize_rows, .tile_int8 = tile_int8, .tile_int4 = tile_int4, .tile_float = tile_float,
+    .quantize_rows = quantize_rows, .range = finite_range, .quantize_values = quantize_values, .tile_int8 = tile_int8, .tile_int4 = tile_int4, .tile_float = tile_float,
     .decode = decode, .epilogue = epilogue,
 };
 #else

@@ -49,6 +49,9 @@ static inline VU vu_store_codes(uint8_t *p, const VU q[4]) {
     }
     return total;
 }
+static inline void vu_store_bytes(uint8_t *p, const VU q[4], int32_t b) {
+    for (int j = 0; j < 4; j++) p[j] = (uint8_t)(q[j] + (uint32_t)b);
+}
 static inline VU vu_load_u8(const uint8_t *p) { return *p; }
 
 #include "qn_tile.h"
@@ -100,7 +103,7 @@ static int always(void) { return 1; }
 
 const qn_kernel qn_kernel_scalar = {
     .name = "scalar", .usable = always, .a_bytes = QN_A_BYTES, .rate = 2, .float_rate = 1, .rows = 4, .panels = 1, .float_rows = 4, .float_panels = 1,
-    .quantize_rows = quantize_rows, .tile_int8 = tile_int8, .tile_int4 = tile_int4, .tile_float = tile_float,
+    .quantize_rows = quantize_rows, .range = finite_range, .quantize_values = quantize_values, .tile_int8 = tile_int8, .tile_int4 = tile_int4, .tile_float = tile_float,
     .decode = decode, .epilogue = epilogue,
 };
 

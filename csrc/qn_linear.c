@@ -1,14 +1,12 @@
 /* SPDX-License-Identifier: BSD-3-Clause
  *
- * The linear layer around a kernel: packing weights into panels, and the walk over blocks of rows, panels and groups.
+ * The call of a linear layer: the walk over blocks of rows, panels and groups, and how threads share it.
  */
-#include "qn_gemm.h"
 #include "qn_atomic.h"
+#include "qn_float_mode.h"
+#include "qn_gemm.h"
 
 #include <string.h>
-
-static int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* n things cut into parts of nearly the same size: the first `longer` have one more than the others. */
 typedef struct { int64_t parts, size, longer; } partition;
@@ -18,75 +16,7 @@ static partition cut_evenly(int64_t n, int64_t parts) {
 }
 
 static int64_t part_size(const partition *p, int64_t i) { return p->size + (i < p->longer); }
-static int64_t part_start(const partition *p, int64_t i) { return i * p->size + min64(i, p->longer); }
-
-/* ---- packing ---- */
-
-void qn_weights_layout(qn_weights *w) {
-    w->groups = w->k ? (w->k + w->group - 1) / w->group : 1;
-    w->group_k = round_up(w->group, QN_K_PAD);
-    w->panels = (w->n + QN_NR - 1) / QN_NR;
-    int64_t a_group = QN_NR * w->groups * 4;
-    w->bias_at = 0;
-    w->scale_at = w->bias == QN_NO_BIAS ? 0 : QN_NR * 4;
-    w->sum_at = w->scale_at + a_group;
-    int float8 = w->format >= QN_FLOAT8_E4M3FN;
-    w->zero_at = w->sum_at + (float8 ? 0 : a_group);
-    w->codes_at = round_up(w->zero_at + (w->asymmetric ? a_group : 0), 64);
-    w->panel_bytes = w->codes_at + round_up(w->groups * w->group_k * QN_NR / (w->format == QN_INT4 ? 2 : 1), 64);
-}
-
-/* Where the code of column n and (padded) k lies among a panel's codes; for int4 the byte that holds its nibble. */
-static int64_t code_at(const qn_weights *w, int64_t n, int64_t k) {
-    if (w->format == QN_INT4) return k / 8 * 64 + n * QN_KR + k % 4;
-    return k / QN_KR * 64 + n * QN_KR + k % QN_KR;
-}
-
-void qn_pack_panel(const qn_weights *w, int64_t p, const int8_t *codes, int64_t stride, int count) {
-    uint8_t *panel = w->data + p * w->panel_bytes, *to = panel + w->codes_at;
-    int32_t *sum = (int32_t *)(panel + w->sum_at);
-    memset(to, 0, (size_t)(w->panel_bytes - w->codes_at));
-    int float8 = w->format >= QN_FLOAT8_E4M3FN;
-    if (!float8) memset(sum, 0, (size_t)(QN_NR * w->groups * 4));
-    for (int n = 0; n < count; n++) {
-        for (int64_t g = 0; g < w->groups; g++) {
-            const int8_t *row = codes + n * stride + g * w->group;
-            int64_t k = min64(w->group, w->k - g * w->group), first = g * w->group_k;
-            int32_t total = 0;
-            if (w->format == QN_INT4) {
-                for (int64_t i = 0; i < k; i++) {
-                    to[code_at(w, n, first + i)] |= (uint8_t)((row[i] & 15) << (i / QN_KR % 2 * 4));
-                    total += row[i] & 15;
-                }
-            } else {
-                int64_t i = 0;
-                for (; i + QN_KR <= k; i += QN_KR) {
-                    memcpy(to + code_at(w, n, first + i), row + i, QN_KR);
-                    total += row[i] + row[i + 1] + row[i + 2] + row[i + 3];
-                }
-                for (; i < k; i++) {
-                    to[code_at(w, n, first + i)] = (uint8_t)row[i];
-                    total += row[i];
-                }
-            }
-            if (!float8) sum[g * QN_NR + n] = total;
-        }
-    }
-}
-
-void qn_unpack_panel(const qn_weights *w, int64_t p, int8_t *codes, int64_t stride, int count) {
-    const uint8_t *from = w->data + p * w->panel_bytes + w->codes_at;
-    for (int n = 0; n < count; n++) {
-        for (int64_t g = 0; g < w->groups; g++) {
-            int8_t *row = codes + n * stride + g * w->group;
-            int64_t k = min64(w->group, w->k - g * w->group), first = g * w->group_k;
-            for (int64_t i = 0; i < k; i++) {
-                uint8_t byte = from[code_at(w, n, first + i)];
-                row[i] = (int8_t)(w->format == QN_INT4 ? byte >> (i / QN_KR % 2 * 4) & 15 : byte);
-            }
-        }
-    }
-}
+static int64_t part_start(const partition *p, int64_t i) { return i * p->size + qn_min64(i, p->longer); }
 
 /* ---- the walk ---- */
 
@@ -103,8 +33,8 @@ static int is_float(const qn_call *c) { return c->input == QN_INPUT_FLOAT || c->
 
 static int64_t row_bytes(const qn_kernel *kernel, const qn_call *c) {
     if (c->input == QN_INPUT_FLOAT) return 0; /* x itself is read */
-    if (is_float(c)) return round_up(c->w->k * 4, 64);
-    return round_up(c->w->groups * c->w->group_k * kernel->a_bytes, 64);
+    if (is_float(c)) return qn_round_up(c->w->k * 4, 64);
+    return qn_round_up(c->w->groups * c->w->group_k * kernel->a_bytes, 64);
 }
 
 static int64_t block_rows(const qn_kernel *kernel, const qn_call *c) {
@@ -113,10 +43,10 @@ static int64_t block_rows(const qn_kernel *kernel, const qn_call *c) {
         tile = kernel->float_rows;
         rows = FLOAT_BLOCK_ROWS;
     } else {
-        rows = min64(rows, BLOCK_BYTES / row_bytes(kernel, c));
+        rows = qn_min64(rows, BLOCK_BYTES / row_bytes(kernel, c));
     }
     rows = rows / tile * tile;
-    return min64(rows < tile ? tile : rows, c->m);
+    return qn_min64(rows < tile ? tile : rows, c->m);
 }
 
 /* Scratch: | codes | scale | zero | sums | of a block, then for each thread | decoded weights | float tiles of a block |;
@@ -127,9 +57,9 @@ static scratch_layout layout_scratch(const qn_kernel *kernel, const qn_call *c) 
     int64_t rows = block_rows(kernel, c);
     scratch_layout s;
     s.scale = row_bytes(kernel, c) * rows;
-    s.zero = s.scale + round_up(rows * 4, 64);
-    s.sum = s.zero + round_up(rows * 4, 64);
-    s.threads = s.sum + round_up(rows * c->w->groups * 4, 64);
+    s.zero = s.scale + qn_round_up(rows * 4, 64);
+    s.sum = s.zero + qn_round_up(rows * 4, 64);
+    s.threads = s.sum + qn_round_up(rows * c->w->groups * 4, 64);
     s.decoded_bytes = DECODED_K * QN_TILE_COLS * 4;
     s.thread_bytes = is_float(c) ? s.decoded_bytes + 2 * rows * QN_TILE_COLS * 4 : 0;
     return s;
@@ -149,13 +79,13 @@ static void wide_group(const qn_kernel *kernel, const qn_call *c, const qn_rows 
     int32_t acc[QN_TILE_ROWS * QN_TILE_COLS];
     int int4 = w->format == QN_INT4;
     for (int64_t k0 = 0; k0 < w->group_k; k0 += QN_SEGMENT) {
-        int64_t k = min64(QN_SEGMENT, w->group_k - k0);
+        int64_t k = qn_min64(QN_SEGMENT, w->group_k - k0);
         (int4 ? kernel->tile_int4 : kernel->tile_int8)(count, panels, k, a + k0 * kernel->a_bytes, rows->a_stride,
                                                        b + k0 * QN_NR / (int4 ? 2 : 1), w->panel_bytes, acc);
         for (int r = 0; r < count; r++)
             for (int n = 0; n < panels * QN_NR; n++) total[r * QN_TILE_COLS + n] += acc[r * QN_TILE_COLS + n];
     }
-    int64_t k = min64(w->group, w->k - g * w->group);
+    int64_t k = qn_min64(w->group, w->k - g * w->group);
     for (int r = 0; r < count; r++) {
         int64_t zero = rows->zero[row + r];
         for (int n = 0; n < panels * QN_NR; n++) {
@@ -184,7 +114,7 @@ static void pair_sums(const qn_call *c, const qn_rows *rows) {
     for (int64_t i = 0; i < rows->count; i++) {
         for (int64_t g = 0; g < w->groups; g++) {
             int32_t *sum = rows->sum + i * w->groups + g, zero = rows->zero[i];
-            int32_t k = (int32_t)min64(w->group, w->k - g * w->group);
+            int32_t k = (int32_t)qn_min64(w->group, w->k - g * w->group);
             *sum = (int32_t)((uint32_t)zero | (uint32_t)(*sum - k * zero) << 16);
         }
     }
@@ -247,7 +177,7 @@ static void integer_block(const qn_kernel *kernel, const qn_call *c, const qn_ro
             int count = (int)part_size(&row_tiles, r);
             if (whole)
                 kernel->layer_tile(c, rows, row, count, panel, panels,
-                                   w->data + min64(panel + panels + r, w->panels - 1) * w->panel_bytes + w->codes_at);
+                                   w->data + qn_min64(panel + panels + r, w->panels - 1) * w->panel_bytes + w->codes_at);
             else
                 integer_tile(kernel, c, rows, row, count, panel, panels);
             row += count;
@@ -264,17 +194,17 @@ static void float_block(const qn_kernel *kernel, const qn_call *c, const qn_rows
     int scaled = c->input == QN_INPUT_FLOAT;
     float *sums = tiles + rows->count * QN_TILE_COLS;
     for (int64_t panel = first; panel < last; panel += kernel->float_panels) {
-        int panels = (int)min64(kernel->float_panels, last - panel);
+        int panels = (int)qn_min64(kernel->float_panels, last - panel);
         for (int64_t g = 0; g < w->groups; g++) {
             if (g == 0 || !scaled) memset(tiles, 0, (size_t)(rows->count * QN_TILE_COLS) * 4);
-            int64_t group_k = min64(w->group, w->k - g * w->group);
+            int64_t group_k = qn_min64(w->group, w->k - g * w->group);
             for (int64_t k0 = 0; k0 < group_k; k0 += DECODED_K) {
-                int64_t k = min64(DECODED_K, group_k - k0);
+                int64_t k = qn_min64(DECODED_K, group_k - k0);
                 for (int p = 0; p < panels; p++)
                     kernel->decode(w, w->data + (panel + p) * w->panel_bytes, g, k0, k, scaled, decoded + p * QN_NR,
                                    panels * QN_NR);
                 for (int64_t row = 0; row < rows->count; row += kernel->float_rows)
-                    kernel->tile_float((int)min64(kernel->float_rows, rows->count - row), panels, k,
+                    kernel->tile_float((int)qn_min64(kernel->float_rows, rows->count - row), panels, k,
                                        rows->a + row * rows->a_stride + (g * w->group + k0) * 4, rows->a_stride, decoded,
                                        tiles + row * QN_TILE_COLS);
             }
@@ -285,32 +215,6 @@ static void float_block(const qn_kernel *kernel, const qn_call *c, const qn_rows
         }
     }
 }
-
-/* The calling thread's floating-point mode, set to the default (round to even, subnormals kept) for the call: another
- * library may have made this thread flush subnormals, and the bits must not depend on that. */
-#if defined(__x86_64__) && defined(__GNUC__)
-static uint64_t enter_default_mode(void) {
-    uint32_t mode, standard = 0x1F80;
-    __asm__ volatile("stmxcsr %0" : "=m"(mode));
-    __asm__ volatile("ldmxcsr %0" : : "m"(standard) : "memory");
-    return mode;
-}
-static void leave_default_mode(uint64_t before) {
-    uint32_t mode = (uint32_t)before;
-    __asm__ volatile("ldmxcsr %0" : : "m"(mode) : "memory");
-}
-#elif defined(__aarch64__) && defined(__GNUC__)
-static uint64_t enter_default_mode(void) {
-    uint64_t mode, standard = 0;
-    __asm__ volatile("mrs %0, fpcr" : "=r"(mode));
-    __asm__ volatile("msr fpcr, %0" : : "r"(standard) : "memory");
-    return mode;
-}
-static void leave_default_mode(uint64_t before) { __asm__ volatile("msr fpcr, %0" : : "r"(before) : "memory"); }
-#else
-static uint64_t enter_default_mode(void) { return 0; }
-static void leave_default_mode(uint64_t before) { (void)before; }
-#endif
 
 /* ---- the call, shared among threads ---- */
 
@@ -358,13 +262,13 @@ static qn_rows rows_of_block(const job *j, int64_t block, int64_t first, int64_t
 }
 
 static void do_piece(const job *j, int64_t piece, int thread) {
-    int64_t block = piece / j->pieces_a_block * j->block, count = min64(j->block, j->c->m - block);
+    int64_t block = piece / j->pieces_a_block * j->block, count = qn_min64(j->block, j->c->m - block);
     piece %= j->pieces_a_block;
     int quantizing = piece < j->quantize.parts;
     if (!quantizing) piece -= j->quantize.parts;
     const partition *cut_rows = quantizing ? &j->quantize : &j->rows;
     int64_t part = quantizing ? piece : piece / j->panels.parts;
-    int64_t first = min64(part_start(cut_rows, part), count), last = min64(part_start(cut_rows, part + 1), count);
+    int64_t first = qn_min64(part_start(cut_rows, part), count), last = qn_min64(part_start(cut_rows, part + 1), count);
     if (first == last) return; /* the last block may have fewer rows */
     qn_rows rows = rows_of_block(j, block, first, last - first);
     if (quantizing) {
@@ -383,7 +287,7 @@ static int64_t before(const job *j, int64_t piece) {
 
 static void work(void *context, int thread) {
     job *j = context;
-    uint64_t mode = enter_default_mode();
+    uint64_t mode = qn_enter_default_mode();
     int64_t piece;
     while ((piece = qn_atomic_add(&j->next, 1)) < j->pieces) {
         int64_t needed = before(j, piece);
@@ -391,7 +295,7 @@ static void work(void *context, int thread) {
         do_piece(j, piece, thread);
         qn_atomic_add(&j->done, 1);
     }
-    leave_default_mode(mode);
+    qn_leave_default_mode(mode);
 }
 
 int64_t qn_linear_work(const qn_kernel *kernel, const qn_call *c) {
@@ -406,9 +310,9 @@ void qn_linear(const qn_kernel *kernel, const qn_call *c, uint8_t *scratch, int 
     int64_t wanted = threads > 1 ? threads * PIECES_A_THREAD : 1;
     /* Panels first: a piece of them is read by one core only. Rows are cut only where there are too few panels. */
     int64_t panel_tile = is_float(c) ? kernel->float_panels : tile_panels(kernel, c, j.block);
-    j.panels = cut_evenly(c->w->panels, min64(wanted, (c->w->panels + panel_tile - 1) / panel_tile));
-    j.rows = cut_evenly(j.block, min64((wanted + j.panels.parts - 1) / j.panels.parts, tiles));
-    j.quantize = cut_evenly(c->input == QN_INPUT_FLOAT ? 0 : j.block, min64(wanted, tiles));
+    j.panels = cut_evenly(c->w->panels, qn_min64(wanted, (c->w->panels + panel_tile - 1) / panel_tile));
+    j.rows = cut_evenly(j.block, qn_min64((wanted + j.panels.parts - 1) / j.panels.parts, tiles));
+    j.quantize = cut_evenly(c->input == QN_INPUT_FLOAT ? 0 : j.block, qn_min64(wanted, tiles));
     j.pieces_a_block = j.quantize.parts + j.rows.parts * j.panels.parts;
     j.pieces = j.pieces_a_block * ((c->m + j.block - 1) / j.block);
     if (threads > 1)

@@ -19,6 +19,7 @@
  *   vu_store_u8, vu_store_code   the low byte of each lane; an activation code in the kernel's width
  *   vu_store_codes(p, q)     four vectors of codes, in the kernel's width, those beyond 0..255 as its ends; gives their
  *                            sums, QN_W of them, each of any four codes
+ *   vu_store_bytes(p, q, b)  four vectors of 0..255, each plus b, as bytes
  *   vu_multiply              the low 32 bits of products
  *   vu_load_u8               bytes, zero-extended
  *   QN_A_BYTES               bytes an activation code takes
@@ -358,27 +359,31 @@ QN_INLINE void emit_floats(const float *values, int64_t columns, float *y, const
     }
 }
 
-/* The same as codes. */
-QN_INLINE void emit_codes(const qn_call *c, const float *values, int64_t columns, uint8_t *y, const qn_activation activation) {
-    VF scale = vf_splat(c->out_scale), low = vf_splat((float)(c->out_min - c->out_zero)),
-       high = vf_splat((float)(c->out_max - c->out_zero));
-    VU zero = vu_splat((uint32_t)c->out_zero);
+/* The same as codes: clamp(rint(activation(value) / scale) + zero, low, high), one byte each. */
+QN_INLINE void emit_codes(const float *values, int64_t columns, float scale, int32_t zero, int32_t low, int32_t high, uint8_t *y,
+                          const qn_activation activation) {
+    VF s = vf_splat(scale), lowest = vf_splat((float)(low - zero)), highest = vf_splat((float)(high - zero));
+    VU z = vu_splat((uint32_t)zero), from_low = vu_splat((uint32_t)(zero - low));
     int64_t n = 0;
-    if (has_reciprocal(c->out_scale)) {
-        VF reciprocal = vf_splat(1.0f / c->out_scale);
+    if (has_reciprocal(scale)) {
+        VF reciprocal = vf_splat(1.0f / scale);
         for (; n + 4 * QN_W <= columns; n += 4 * QN_W) {
             VF v[4];
             VU q[4];
             for (int j = 0; j < 4; j++) v[j] = activate(vf_load(values + n + j * QN_W), activation);
-            quantize_four(v, scale, reciprocal, low, high, zero, 1, q);
-            for (int j = 0; j < 4; j++) vu_store_u8(y + n + j * QN_W, q[j]);
+            quantize_four(v, s, reciprocal, lowest, highest, from_low, 1, q);
+            vu_store_bytes(y + n, q, low);
         }
     }
     for (; n < columns; n += QN_W) {
         uint8_t lanes[QN_W];
-        vu_store_u8(lanes, quantize(activate(vf_load(values + n), activation), scale, low, high, zero));
+        vu_store_u8(lanes, quantize(activate(load_some(values + n, columns - n), activation), s, lowest, highest, z));
         memcpy(y + n, lanes, taken(columns - n));
     }
+}
+
+static void quantize_values(const float *x, int64_t n, float scale, int32_t zero, int32_t low, int32_t high, uint8_t *codes) {
+    emit_codes(x, n, scale, zero, low, high, codes, QN_IDENTITY);
 }
 
 /* Give a tile of finished sums, float [count][stride] with bias and all, to y; from `column` on, as many as there are. */
@@ -390,7 +395,8 @@ static void emit(const qn_call *c, const qn_rows *rows, int64_t row, int count, 
 #define EMIT(ACTIVATION)                                                                                               \
     for (int r = 0; r < count; r++) {                                                                                  \
         if (codes)                                                                                                     \
-            emit_codes(c, values + r * stride, columns, y + r * c->y_stride, ACTIVATION);                              \
+            emit_codes(values + r * stride, columns, c->out_scale, c->out_zero, c->out_min, c->out_max,                \
+                       y + r * c->y_stride, ACTIVATION);                                                               \
         else                                                                                                           \
             emit_floats(values + r * stride, columns, (float *)(y + r * c->y_stride), ACTIVATION);                     \
     }

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from qnative import _core
-from qnative.config import CODE_DTYPES, QParams, QuantConfig
+from qnative.config import CODE_DTYPES, QParams, QuantConfig, qparams_from_range
 from qnative.floats import as_float_array, encode
 from qnative.granularity import Granules
 from qnative.tensor import (
@@ -69,25 +69,49 @@ class QuantizedLinear(_core.PackedLinear):
     ) -> None:
         if not isinstance(tensor, QuantizedTensor):
             raise TypeError(f"weights must be a QuantizedTensor, not {type(tensor).__name__}; from_float() quantizes")
-        if len(tensor.shape) != 2:
-            raise ValueError(f"weights have shape {tensor.shape}; a linear layer needs (out_features, in_features)")
-        self._shape = tensor.shape
-        self._dtype = tensor.dtype
-        self._config = tensor.config
-        self._activations = _check_activations(activations, tensor.config)
+        self._set_up(tensor.shape, tensor.dtype, tensor.config, bias, activations, activation, output)
+        info, (n, k) = tensor.config.info, tensor.shape
+        if info.bits == 4:
+            codes = np.ascontiguousarray(tensor.data, "<i4").view(np.uint8).reshape(n, -1 if n else 4 * (-(-k // 8)))
+        else:
+            codes = tensor.data.view(np.uint8)
+            if info.name == "uint8":
+                codes = codes ^ np.uint8(0x80)
+        self._fill(bias, tensor.scale, tensor.zero_point, codes=codes)
+
+    def _set_up(
+        self,
+        shape: tuple[int, ...],
+        dtype: str,
+        config: QuantConfig,
+        bias: ArrayLike | None,
+        activations: str | QParams,
+        activation: str | None,
+        output: QParams | None,
+    ) -> None:
+        """Check and keep what a layer is, but for the weights."""
+        if len(shape) != 2:
+            raise ValueError(f"weights have shape {shape}; a linear layer needs (out_features, in_features)")
+        axis = None if config.axis is None else config.axis % 2
+        if config.group_size is None and axis == 1:
+            raise ValueError(
+                "weights per channel of axis 1 have a scale each input, which no sum over inputs can take out; "
+                "quantize with axis=0, or per group along axis 1"
+            )
+        if config.group_size is not None and axis == 0:
+            raise ValueError("groups along axis 0 mix outputs; quantize with groups along axis 1 (in_features)")
+        self._shape = shape
+        self._dtype = dtype
+        self._config = config
+        self._activations = _check_activations(activations, config)
+        self._static = isinstance(self._activations, QParams)
         self._activation = _check_choice("activation", activation, ACTIVATION_FUNCTIONS)
         self._output = _check_output(output)
+        self._out_dtype = np.dtype(np.float32) if self._output is None else np.dtype(self._output.dtype)
         if self.in_features > _MAX_IN_FEATURES:
             raise ValueError(
                 f"in_features={self.in_features} is above {_MAX_IN_FEATURES}, where sums of codes fit int32"
             )
-        self._bias_dtype: np.dtype[Any] | None
-        bias_array = self._check_bias(bias)
-        self._bias_dtype = None if bias_array is None else bias_array.dtype
-        self._wide = self._sum_may_overflow(tensor, bias_array)
-        self._static = isinstance(self._activations, QParams)
-        self._out_dtype = np.dtype(np.float32) if self._output is None else np.dtype(self._output.dtype)
-        self._pack_tensor(tensor, bias_array)
 
     # Building
 
@@ -129,7 +153,14 @@ class QuantizedLinear(_core.PackedLinear):
             For shapes or settings that do not fit; the message says which and what to do.
         """
         config = QuantConfig.int8_per_channel() if config is None else config
-        return cls(quantize_tensor(weight, config), bias, activations, activation=activation, output=output)
+        found = _row_parameters(weight, config)
+        if found is None:
+            return cls(quantize_tensor(weight, config), bias, activations, activation=activation, output=output)
+        values, dtype, qparams = found
+        layer = cls.__new__(cls)
+        layer._set_up(values.shape, dtype, config, bias, activations, activation, output)
+        layer._fill(bias, qparams.scale, qparams.zero_point, values=values)
+        return layer
 
     @classmethod
     def from_tensor(
@@ -169,7 +200,7 @@ class QuantizedLinear(_core.PackedLinear):
             raise ValueError(f"bias has {np.count_nonzero(~np.isfinite(array))} values that are not finite float32")
         return array
 
-    def _sum_may_overflow(self, tensor: QuantizedTensor, bias: NDArray[Any] | None) -> bool:
+    def _sum_may_overflow(self, zero_point: NDArray[Any], bias: NDArray[Any] | None) -> bool:
         """Whether a sum over (a group of) in_features, with the int32 bias, might not fit int32."""
         info, config = self._config.info, self._config
         if info.is_float or self._activations == "float":
@@ -179,7 +210,7 @@ class QuantizedLinear(_core.PackedLinear):
             largest_input = max(codes.max - zero, zero - codes.min)
         else:
             largest_input = 255 if self._activations == "dynamic" else 127
-        zeros = tensor.zero_point.astype(np.int64)
+        zeros = zero_point.astype(np.int64)
         largest_weight = int(max(config.quant_max - zeros.min(initial=255), zeros.max(initial=-128) - config.quant_min))
         count = min(self.in_features, config.group_size or self.in_features)
         largest = count * largest_input * largest_weight
@@ -187,34 +218,30 @@ class QuantizedLinear(_core.PackedLinear):
             largest += int(np.abs(bias.astype(np.int64)).max())
         return largest > _INT32_MAX
 
-    def _pack_tensor(self, tensor: QuantizedTensor, bias: NDArray[Any] | None) -> None:
-        """Hand codes, scales and zero points to the kernels in their terms: signed bytes, unsigned nibbles."""
-        info, config, (n, k) = tensor.config.info, tensor.config, tensor.shape
-        axis = None if config.axis is None else config.axis % 2
-        if config.group_size is None and axis == 1:
-            raise ValueError(
-                "weights per channel of axis 1 have a scale each input, which no sum over inputs can take out; "
-                "quantize with axis=0, or per group along axis 1"
-            )
-        if config.group_size is not None and axis == 0:
-            raise ValueError("groups along axis 0 mix outputs; quantize with groups along axis 1 (in_features)")
-        groups = self._group_count()
-        grouped = (n, groups)
-        per_row = config.group_size is None
-        scale, zero = tensor.scale, tensor.zero_point.astype(np.int32) + _stored_offset(config)
+    def _fill(
+        self,
+        bias: ArrayLike | None,
+        scale: NDArray[np.float32],
+        zero_point: NDArray[Any],
+        codes: NDArray[np.uint8] | None = None,
+        values: NDArray[np.float32] | None = None,
+    ) -> None:
+        """Hand codes (or floats to be quantized), scales and zero points to the kernels in their terms: signed bytes,
+        unsigned nibbles.
+        """  # fmt: skip
+        config, info, (n, k) = self._config, self._config.info, self._shape
+        bias_array = self._check_bias(bias)
+        self._bias_dtype: np.dtype[Any] | None = None if bias_array is None else bias_array.dtype
+        self._wide = self._sum_may_overflow(zero_point, bias_array)
+        offset = _stored_offset(config)
+        grouped = (n, self._group_count())
+        zero = zero_point.astype(np.int32) + offset
         if k == 0:
             scale, zero = np.ones(grouped, np.float32), np.zeros(grouped, np.int32)
-        elif per_row:
-            scale = scale.reshape(-1, 1)
-            zero = zero.reshape(-1, 1)
+        elif config.group_size is None:
+            scale, zero = scale.reshape(-1, 1), zero.reshape(-1, 1)
         scale = np.ascontiguousarray(np.broadcast_to(scale, grouped))
         zeros = np.ascontiguousarray(np.broadcast_to(zero, grouped)) if np.any(zero) else None
-        if info.bits == 4:
-            codes = np.ascontiguousarray(tensor.data, "<i4").view(np.uint8).reshape(n, -1 if n else 4 * (-(-k // 8)))
-        else:
-            codes = tensor.data.view(np.uint8)
-            if info.name == "uint8":
-                codes = codes ^ np.uint8(0x80)
         if isinstance(self._activations, QParams):
             in_params, signed = _unsigned_params(self._activations), _input_dtype(self._activations) == np.int8
             kind = "static"
@@ -224,8 +251,9 @@ class QuantizedLinear(_core.PackedLinear):
         out_params = (1.0, 0, 0, 0)
         if out is not None:
             out_params = (float(out.scale), int(out.zero_point), int(out.quant_min or 0), int(out.quant_max or 0))
+        code_range = (0, 0) if info.is_float else (int(config.quant_min) + offset, int(config.quant_max) + offset)
         self._pack(
-            codes, k, max(1, min(k, config.group_size or k)), scale, zeros, bias,
+            codes, values, k, max(1, min(k, config.group_size or k)), scale, zeros, bias_array, code_range=code_range,
             format="int4" if info.bits == 4 else "int8" if not info.is_float else info.name,
             input=kind, activation=self._activation, output="float32" if out is None else out.dtype,
             in_params=in_params, out_params=out_params, signed_codes=signed, wide=self._wide,
@@ -483,6 +511,25 @@ def check_product(input_scale: ArrayLike, weight_scale: ArrayLike) -> NDArray[np
     if not (np.isfinite(product).all() and np.all(product > 0)):
         raise ValueError("input_scale * weight_scale is not a positive, finite float32")
     return np.asarray(product)
+
+
+def _row_parameters(weight: ArrayLike, config: QuantConfig) -> tuple[NDArray[np.float32], str, QParams] | None:
+    """Return weights as they can be packed without a tensor between, the name of their dtype, and the scales that
+    `quantize_tensor` gives them; None where they have to go that way: other formats and granularities, what is not finite.
+    """  # fmt: skip
+    array = np.asarray(weight)
+    if not isinstance(config, QuantConfig) or config.info.bits != 8 or config.info.is_float:
+        return None
+    by_rows = config.group_size is None and config.axis in (None, 0, -2)
+    if not by_rows or array.dtype != np.float32 or array.ndim != 2 or not array.size:
+        return None
+    values = as_float_array(array)
+    low, high = np.empty(len(values), np.float32), np.empty(len(values), np.float32)
+    if not _core.row_ranges(values, low, high):
+        return None
+    if config.axis is None:
+        low, high = low.min(), high.max()
+    return values, array.dtype.name, qparams_from_range(low, high, config)
 
 
 def _rebuild(

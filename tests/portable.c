@@ -68,7 +68,7 @@ static void make_weights(qn_weights *w, const layer_kind *kind) {
         uint8_t *panel = w->data + p * w->panel_bytes;
         float *scale = (float *)(panel + w->scale_at), *bias = (float *)(panel + w->bias_at);
         int32_t *zero = (int32_t *)(panel + w->zero_at);
-        qn_pack_panel(w, p, codes + p * QN_NR * K, K, count);
+        qn_pack_panel(&qn_kernel_scalar, w, p, codes + p * QN_NR * K, K, count);
         for (int n = 0; n < count; n++) {
             if (w->bias != QN_NO_BIAS) bias[n] = random_float();
             for (int64_t g = 0; g < w->groups; g++) {

@@ -8,7 +8,7 @@ Long loops run without the GIL.
 elementwise   count_nonfinite min_max quantize dequantize fake_quantize quantize_float8 dequantize_float8
               pack_nibbles unpack_nibbles squared_sums histogram_of_codes
 floats        encode encode8 decode8 decode_bfloat16
-linear        PackedLinear activate isa isas cpu_features scratch_kept
+linear        PackedLinear activate isa isas cpu_features row_ranges scratch_kept
 threads       MAX_THREADS get_num_threads set_num_threads set_default_threads   (qnative_threads, with a door for Cython)
 """
 
@@ -26,7 +26,7 @@ from qnative._core.elementwise import (
     unpack_nibbles,
 )
 from qnative._core.floats import decode8, decode_bfloat16, encode, encode8
-from qnative._core.linear import PackedLinear, activate, cpu_features, isa, isas, scratch_kept
+from qnative._core.linear import PackedLinear, activate, cpu_features, isa, isas, row_ranges, scratch_kept
 from qnative._core.qnative_threads import MAX_THREADS, get_num_threads, set_default_threads, set_num_threads
 
 __all__ = [
@@ -50,6 +50,7 @@ __all__ = [
     "pack_nibbles",
     "quantize",
     "quantize_float8",
+    "row_ranges",
     "scratch_kept",
     "set_default_threads",
     "set_num_threads",

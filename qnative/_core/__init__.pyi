@@ -30,6 +30,7 @@ __all__ = [
     "pack_nibbles",
     "quantize",
     "quantize_float8",
+    "row_ranges",
     "scratch_kept",
     "set_default_threads",
     "set_num_threads",
@@ -93,7 +94,8 @@ def activate(x: NDArray[np.float32], activation: str | None, out: NDArray[np.flo
 class PackedLinear:
     def _pack(
         self,
-        codes: NDArray[np.uint8],
+        codes: NDArray[np.uint8] | None,
+        values: NDArray[np.float32] | None,
         k: int,
         group: int,
         scale: NDArray[np.float32],
@@ -101,6 +103,7 @@ class PackedLinear:
         bias: NDArray[Any] | None,
         *,
         format: str,
+        code_range: tuple[int, int],
         input: str,
         activation: str | None,
         output: str,
@@ -128,4 +131,5 @@ class PackedLinear:
     def _forward(self, x: ArrayLike, out: NDArray[Any] | None = None, isa: str | None = None) -> NDArray[Any]: ...
     def _run(self, x: NDArray[Any], y: NDArray[Any], output: str, isa: str | None = None) -> None: ...
 
+def row_ranges(x: NDArray[np.float32], low: NDArray[np.float32], high: NDArray[np.float32]) -> bool: ...
 def scratch_kept() -> int: ...

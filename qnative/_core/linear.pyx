@@ -31,6 +31,8 @@ cdef unsigned int TRACE_DOMAIN = 0x716E  # "qn": so that tracemalloc counts the 
 
 # A call that takes less is over before another thread could have got and given back the GIL.
 cdef int64_t KEEP_GIL_NS = 5000
+# Time to quantize and pack an element, and to find the range of one, on one thread; roughly.
+cdef int64_t PACK_PS = 300, RANGE_PS = 150
 
 cdef dict FORMATS = {
     "int8": QN_INT8, "int4": QN_INT4, "float8_e4m3fn": QN_FLOAT8_E4M3FN, "float8_e5m2": QN_FLOAT8_E5M2,
@@ -198,16 +200,18 @@ cdef class PackedLinear:
             qn_weights_free(self.w.data)
 
     def _pack(
-        self, const uint8_t[:, ::1] codes not None, int64_t k, int64_t group, const float[:, ::1] scale not None,
-        const int32_t[:, ::1] zero, bias, *, str format, str input, activation, str output,
-        tuple in_params, tuple out_params, bint signed_codes, bint wide,
+        self, const uint8_t[:, ::1] codes, const float[:, ::1] values, int64_t k, int64_t group,
+        const float[:, ::1] scale not None, const int32_t[:, ::1] zero, bias, *, str format, tuple code_range, str input,
+        activation, str output, tuple in_params, tuple out_params, bint signed_codes, bint wide,
     ):
         """Pack the weights and set how calls are made.
 
         Parameters
         ----------
         codes : uint8[n, k], or uint8[n, 4 * ceil(k / 8)] for int4
-            int8's bytes (signed codes), nibbles 0..15 packed two a byte, or float8 codes.
+            int8's bytes (signed codes), nibbles 0..15 packed two a byte, or float8 codes; or None and
+        values : float32[n, k]
+            Finite weights, which become int8 codes in `code_range` on their way into the panels.
         k : int
             in_features.
         group : int
@@ -227,29 +231,38 @@ cdef class PackedLinear:
         """
         cdef const float[::1] float_bias
         cdef const int32_t[::1] int_bias
-        cdef int64_t width = 4 * ((k + 7) // 8) if format == "int4" else k
+        cdef int64_t width = 4 * ((k + 7) // 8) if format == "int4" else k, columns
         cdef qn_weights w
+        cdef qn_source source
+        cdef bint packed
         if self.w.data is not NULL:
             raise RuntimeError("the weights are packed already, and another thread may be reading them; make a new layer")
+        if (codes is None) == (values is None) or (values is not None and format != "int8"):
+            raise ValueError("give codes, or for int8 values")
         memset(&w, 0, sizeof(w))
+        memset(&source, 0, sizeof(source))
         w.format = FORMATS[format]
-        w.n, w.k, w.group = codes.shape[0], k, group
-        if not (0 <= k <= QN_MAX_K and 1 <= group <= max(k, 1) and codes.shape[1] == width):
-            raise ValueError(f"k={k}, group={group} do not fit codes of {codes.shape[1]} bytes a row")
+        w.n, columns = (values.shape[0], values.shape[1]) if codes is None else (codes.shape[0], codes.shape[1])
+        w.k, w.group = k, group
+        if not (0 <= k <= QN_MAX_K and 1 <= group <= max(k, 1) and columns == width):
+            raise ValueError(f"k={k}, group={group} do not fit {columns} columns")
         w.asymmetric = zero is not None
+        qn_weights_layout(&w)
+        if scale.shape[0] != w.n or scale.shape[1] != w.groups:
+            raise ValueError(f"scale must have shape ({w.n}, {w.groups})")
+        if zero is not None and (zero.shape[0] != w.n or zero.shape[1] != w.groups):
+            raise ValueError(f"zero must have shape ({w.n}, {w.groups})")
+        if values is not None and w.groups != 1:
+            raise ValueError("values are packed with one scale a row")
+        if bias is not None and bias.shape != (w.n,):
+            raise ValueError(f"bias must have shape ({w.n},)")
         if bias is None:
             w.bias = QN_NO_BIAS
         elif bias.dtype == "int32":
             w.bias, int_bias = QN_BIAS_INT32, bias
         else:
             w.bias, float_bias = QN_BIAS_FLOAT32, bias
-        qn_weights_layout(&w)
-        if scale.shape[0] != w.n or scale.shape[1] != w.groups:
-            raise ValueError(f"scale must have shape ({w.n}, {w.groups})")
-        if zero is not None and (zero.shape[0] != w.n or zero.shape[1] != w.groups):
-            raise ValueError(f"zero must have shape ({w.n}, {w.groups})")
-        if bias is not None and bias.shape != (w.n,):
-            raise ValueError(f"bias must have shape ({w.n},)")
+        qn_weights_layout(&w)  # once more: a bias takes room
 
         self.call.w = &self.w
         self.call.input, self.call.output = INPUTS[input], OUTPUTS[output]
@@ -266,55 +279,25 @@ cdef class PackedLinear:
             raise MemoryError(f"{w.panels * w.panel_bytes} bytes for packed weights")
         self.w = w  # from here on __dealloc__ frees it
         PyTraceMalloc_Track(TRACE_DOMAIN, <uintptr_t>w.data, w.panels * w.panel_bytes)
-        self.pack(codes, scale, zero, float_bias, int_bias)
-
-    cdef int pack(
-        self, const uint8_t[:, ::1] codes, const float[:, ::1] scale, const int32_t[:, ::1] zero,
-        const float[::1] float_bias, const int32_t[::1] int_bias,
-    ) except -1:
-        cdef int64_t p, n, g, i, k = self.w.k, first
-        cdef int count
-        cdef bint int4 = self.w.format == QN_INT4, has_zero = zero is not None
-        cdef uint8_t *panel
-        cdef const uint8_t *row
-        cdef float *scales
-        cdef int32_t *zeros
-        cdef int8_t *nibbles = NULL
-        if self.w.n == 0:
-            return 0
-        if int4:
-            nibbles = <int8_t *>PyMem_RawMalloc(QN_NR * k + 1)
-            if nibbles is NULL:
-                raise MemoryError(f"{QN_NR * k} bytes to unpack codes into")
+        if w.n == 0:
+            return
+        source.low, source.high = code_range
+        source.stride = width * (4 if codes is None else 1)
+        source.scale = &scale[0, 0]
+        if zero is not None:
+            source.zero = &zero[0, 0]
+        if w.bias == QN_BIAS_INT32:
+            source.bias = &int_bias[0]
+        elif w.bias == QN_BIAS_FLOAT32:
+            source.bias = &float_bias[0]
+        if k > 0 and codes is None:
+            source.values = &values[0, 0]
+        elif k > 0:
+            source.codes = &codes[0, 0]
         with nogil:
-            for p in range(self.w.panels):
-                panel = self.w.data + p * self.w.panel_bytes
-                memset(panel, 0, self.w.codes_at)
-                first = p * QN_NR
-                count = <int>min(<int64_t>QN_NR, self.w.n - first)
-                scales = <float *>(panel + self.w.scale_at)
-                zeros = <int32_t *>(panel + self.w.zero_at)
-                for n in range(count):
-                    for g in range(self.w.groups):
-                        scales[g * QN_NR + n] = scale[first + n, g]
-                        if has_zero:
-                            zeros[g * QN_NR + n] = zero[first + n, g]
-                    if self.w.bias == QN_BIAS_INT32:
-                        (<int32_t *>(panel + self.w.bias_at))[n] = int_bias[first + n]
-                    elif self.w.bias == QN_BIAS_FLOAT32:
-                        (<float *>(panel + self.w.bias_at))[n] = float_bias[first + n]
-                    if int4:
-                        row = &codes[first + n, 0]
-                        for i in range(k):
-                            nibbles[n * k + i] = row[i // 2] >> 4 if i % 2 else row[i // 2] & 15
-                if k == 0:
-                    memset(panel + self.w.codes_at, 0, self.w.panel_bytes - self.w.codes_at)
-                elif int4:
-                    qn_pack_panel(&self.w, p, nibbles, k, count)
-                else:
-                    qn_pack_panel(&self.w, p, <const int8_t *>&codes[first, 0], k, count)
-        PyMem_RawFree(nibbles)
-        return 0
+            packed = qn_pack(CHOSEN, &self.w, &source, pool_threads_for(w.n * k * PACK_PS // 1000), pool_run)
+        if not packed:
+            raise MemoryError(f"{QN_NR * k} bytes to pack a panel with")
 
     @property
     def nbytes(self):
@@ -531,6 +514,22 @@ cdef class PackedLinear:
             raise ValueError(f"y must be {output} with {count_rows(x)} rows of {columns}, apart from x")
         self.set_arrays(&c, x, y, columns)
         execute(kernel, &c)
+
+
+def row_ranges(const float[:, ::1] x not None, float[::1] low not None, float[::1] high not None):
+    """Find the range of each row, extended to contain 0: low, high : float32[n]. Returns whether all of x is finite."""
+    cdef int64_t n = x.shape[0], k = x.shape[1], finite
+    if low.shape[0] != n or high.shape[0] != n:
+        raise ValueError(f"low and high must have {n} entries")
+    if n == 0 or k == 0:
+        low[:] = 0
+        high[:] = 0
+        return True
+    with nogil:
+        finite = qn_ranges(
+            CHOSEN, &x[0, 0], n, k, 4 * k, &low[0], &high[0], pool_threads_for(n * k * RANGE_PS // 1000), pool_run,
+        )
+    return finite == n
 
 
 def scratch_kept():

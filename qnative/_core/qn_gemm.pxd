@@ -88,10 +88,26 @@ cdef extern from "qn_gemm.h" nogil:
 
     const qn_cpu *qn_cpu_features() noexcept
     void qn_weights_layout(qn_weights *w) noexcept
-    void qn_pack_panel(const qn_weights *w, int64_t p, const int8_t *codes, int64_t stride, int count) noexcept
-    void qn_unpack_panel(const qn_weights *w, int64_t p, int8_t *codes, int64_t stride, int count) noexcept
+
     ctypedef void (*qn_share)(int threads, void (*task)(void *context, int thread), void *context) noexcept
 
+    ctypedef struct qn_source:
+        const void *codes
+        const float *values
+        int64_t stride
+        int32_t low, high
+        const float *scale
+        const int32_t *zero
+        const void *bias
+
+    bint qn_pack(
+        const qn_kernel *kernel, const qn_weights *w, const qn_source *source, int threads, qn_share share,
+    ) noexcept
+    int64_t qn_ranges(
+        const qn_kernel *kernel, const float *x, int64_t n, int64_t k, int64_t stride, float *low, float *high, int threads,
+        qn_share share,
+    ) noexcept
+    void qn_unpack_panel(const qn_weights *w, int64_t p, int8_t *codes, int64_t stride, int count) noexcept
     int64_t qn_linear_work(const qn_kernel *kernel, const qn_call *c) noexcept
     int64_t qn_scratch_bytes(const qn_kernel *kernel, const qn_call *c, int threads) noexcept
     void qn_linear(const qn_kernel *kernel, const qn_call *c, uint8_t *scratch, int threads, qn_share share) noexcept

@@ -1,0 +1,208 @@
+/* SPDX-License-Identifier: BSD-3-Clause
+ *
+ * Weights into panels, and back.
+ */
+#include "qn_atomic.h"
+#include "qn_float_mode.h"
+#include "qn_gemm.h"
+#include "qn_scratch.h"
+
+#include <string.h>
+
+void qn_weights_layout(qn_weights *w) {
+    w->groups = w->k ? (w->k + w->group - 1) / w->group : 1;
+    w->group_k = qn_round_up(w->group, QN_K_PAD);
+    w->panels = (w->n + QN_NR - 1) / QN_NR;
+    int64_t a_group = QN_NR * w->groups * 4;
+    w->bias_at = 0;
+    w->scale_at = w->bias == QN_NO_BIAS ? 0 : QN_NR * 4;
+    w->sum_at = w->scale_at + a_group;
+    int float8 = w->format >= QN_FLOAT8_E4M3FN;
+    w->zero_at = w->sum_at + (float8 ? 0 : a_group);
+    w->codes_at = qn_round_up(w->zero_at + (w->asymmetric ? a_group : 0), 64);
+    w->panel_bytes = w->codes_at + qn_round_up(w->groups * w->group_k * QN_NR / (w->format == QN_INT4 ? 2 : 1), 64);
+}
+
+/* Where the code of column n and (padded) k lies among a panel's codes; for int4 the byte that holds its nibble. */
+static int64_t code_at(const qn_weights *w, int64_t n, int64_t k) {
+    if (w->format == QN_INT4) return k / 8 * 64 + n * QN_KR + k % 4;
+    return k / QN_KR * 64 + n * QN_KR + k % QN_KR;
+}
+
+/* The k-step of four int8 codes at `row`, of which only `k` are left, for one column; of int4's two k-steps. */
+static uint32_t int8_step(const int8_t *row, int64_t k) {
+    uint32_t step = 0;
+    if (k >= QN_KR)
+        memcpy(&step, row, QN_KR); /* of a constant size: one load */
+    else
+        memcpy(&step, row, (size_t)k);
+    return step;
+}
+
+static uint32_t int4_steps(const int8_t *row, int64_t k) {
+    uint32_t even = int8_step(row, k), odd = k > QN_KR ? int8_step(row + QN_KR, k - QN_KR) : 0;
+    return (even & 0x0F0F0F0Fu) | (odd & 0x0F0F0F0Fu) << 4;
+}
+
+/* A column's sum of codes is its product with a row of ones, which the kernel is quick at. */
+static void sum_codes(const qn_kernel *kernel, const qn_weights *w, uint8_t *panel) {
+    enum { AT_A_TIME = 1024 };
+    uint16_t ones[AT_A_TIME];
+    int int4 = w->format == QN_INT4;
+    int32_t *sum = (int32_t *)(panel + w->sum_at), acc[QN_TILE_COLS];
+    for (int i = 0; i < AT_A_TIME; i++) ones[i] = kernel->a_bytes == 2 ? 0x0001 : 0x0101;
+    for (int64_t g = 0; g < w->groups; g++, sum += QN_NR) {
+        memset(sum, 0, QN_NR * sizeof *sum);
+        for (int64_t k0 = 0; k0 < w->group_k; k0 += AT_A_TIME) {
+            const uint8_t *b = panel + w->codes_at + (g * w->group_k + k0) * QN_NR / (int4 ? 2 : 1);
+            (int4 ? kernel->tile_int4 : kernel->tile_int8)(1, 1, qn_min64(AT_A_TIME, w->group_k - k0), (const uint8_t *)ones, 0, b,
+                                                           0, acc);
+            for (int n = 0; n < QN_NR; n++) sum[n] += acc[n];
+        }
+    }
+}
+
+void qn_pack_panel(const qn_kernel *kernel, const qn_weights *w, int64_t p, const int8_t *codes, int64_t stride, int count) {
+    uint8_t *panel = w->data + p * w->panel_bytes, *to = panel + w->codes_at;
+    int int4 = w->format == QN_INT4;
+    int64_t step = int4 ? 2 * QN_KR : QN_KR;
+    for (int64_t g = 0; g < w->groups; g++) {
+        const int8_t *from = codes + g * w->group;
+        int64_t k = qn_min64(w->group, w->k - g * w->group), i = 0;
+        if (count == QN_NR && !int4) { /* whole steps of whole panels: loads and stores, nothing to decide */
+            for (; i + QN_KR <= k; i += QN_KR, to += 64)
+                for (int n = 0; n < QN_NR; n++) memcpy(to + n * QN_KR, from + n * stride + i, QN_KR);
+        }
+        for (; i < w->group_k; i += step, to += 64) {
+            uint32_t lanes[QN_NR] = {0};
+            if (i < k)
+                for (int n = 0; n < count; n++)
+                    lanes[n] = int4 ? int4_steps(from + n * stride + i, k - i) : int8_step(from + n * stride + i, k - i);
+            memcpy(to, lanes, sizeof lanes);
+        }
+    }
+    memset(to, 0, (size_t)(panel + w->panel_bytes - to)); /* what rounding the panel up has left */
+    if (w->format < QN_FLOAT8_E4M3FN) sum_codes(kernel, w, panel);
+}
+
+void qn_unpack_panel(const qn_weights *w, int64_t p, int8_t *codes, int64_t stride, int count) {
+    const uint8_t *from = w->data + p * w->panel_bytes + w->codes_at;
+    for (int n = 0; n < count; n++) {
+        for (int64_t g = 0; g < w->groups; g++) {
+            int8_t *row = codes + n * stride + g * w->group;
+            int64_t k = qn_min64(w->group, w->k - g * w->group), first = g * w->group_k;
+            for (int64_t i = 0; i < k; i++) {
+                uint8_t byte = from[code_at(w, n, first + i)];
+                row[i] = (int8_t)(w->format == QN_INT4 ? byte >> (i / QN_KR % 2 * 4) & 15 : byte);
+            }
+        }
+    }
+}
+
+/* ---- a whole matrix ---- */
+
+/* Scales, zero points and biases of a panel's columns. */
+static void pack_terms(const qn_weights *w, int64_t p, const qn_source *from, int count) {
+    uint8_t *panel = w->data + p * w->panel_bytes;
+    float *scale = (float *)(panel + w->scale_at);
+    int32_t *zero = (int32_t *)(panel + w->zero_at);
+    int64_t first = p * QN_NR;
+    memset(panel, 0, (size_t)w->codes_at);
+    for (int n = 0; n < count; n++) {
+        for (int64_t g = 0; g < w->groups; g++) {
+            scale[g * QN_NR + n] = from->scale[(first + n) * w->groups + g];
+            if (w->asymmetric) zero[g * QN_NR + n] = from->zero[(first + n) * w->groups + g];
+        }
+    }
+    if (w->bias != QN_NO_BIAS) memcpy(panel + w->bias_at, (const uint8_t *)from->bias + first * 4, (size_t)count * 4);
+}
+
+/* Distance of the rows of a panel's codes in a buffer: an odd number of cache lines, as at a power of two sixteen rows
+ * would want the same few places of the cache. */
+static int64_t buffer_stride(const qn_weights *w) { return qn_round_up(w->k, 128) + 64; }
+
+/* Rows of codes, one a byte, of a panel: where they lie already, or in `buffer`. */
+static const int8_t *codes_of_panel(const qn_kernel *kernel, const qn_weights *w, int64_t p, const qn_source *from, int count,
+                                    int8_t *buffer) {
+    int64_t first = p * QN_NR, k = w->k;
+    if (!from->values && w->format != QN_INT4) return (const int8_t *)from->codes + first * from->stride;
+    for (int n = 0; n < count; n++) {
+        int8_t *row = buffer + n * buffer_stride(w);
+        const uint8_t *at = (const uint8_t *)(from->values ? (const void *)from->values : from->codes) + (first + n) * from->stride;
+        if (from->values) {
+            const uint8_t *panel = w->data + p * w->panel_bytes;
+            int32_t zero = w->asymmetric ? ((const int32_t *)(panel + w->zero_at))[n] : 0;
+            kernel->quantize_values((const float *)(const void *)at, k, ((const float *)(panel + w->scale_at))[n], zero, from->low,
+                                    from->high, (uint8_t *)row);
+        } else {
+            for (int64_t i = 0; i < k; i++) row[i] = (int8_t)(i % 2 ? at[i / 2] >> 4 : at[i / 2] & 15);
+        }
+    }
+    return buffer;
+}
+
+typedef struct {
+    const qn_kernel *kernel;
+    const qn_weights *w;
+    const qn_source *from;
+    qn_atomic next;
+} job;
+
+static void pack_some(void *context, int thread) {
+    (void)thread;
+    job *j = context;
+    const qn_weights *w = j->w;
+    int buffered = j->from->values || w->format == QN_INT4;
+    uint64_t mode = qn_enter_default_mode();
+    uint8_t *buffer = qn_scratch_take(buffered ? QN_NR * buffer_stride(w) : 1);
+    int64_t p;
+    while (buffer && (p = qn_atomic_add(&j->next, 1)) < w->panels) {
+        int count = (int)qn_min64(QN_NR, w->n - p * QN_NR);
+        pack_terms(w, p, j->from, count);
+        const int8_t *codes = codes_of_panel(j->kernel, w, p, j->from, count, (int8_t *)buffer);
+        qn_pack_panel(j->kernel, w, p, codes, buffered ? buffer_stride(w) : j->from->stride, count);
+    }
+    qn_scratch_give(buffer);
+    qn_leave_default_mode(mode);
+}
+
+int qn_pack(const qn_kernel *kernel, const qn_weights *w, const qn_source *from, int threads, qn_share share) {
+    job j = {.kernel = kernel, .w = w, .from = from};
+    if (threads > 1)
+        share(threads, pack_some, &j);
+    else
+        pack_some(&j, 0);
+    return qn_atomic_get(&j.next) >= w->panels; /* a thread without a buffer takes none */
+}
+
+/* ---- ranges ---- */
+
+typedef struct {
+    const qn_kernel *kernel;
+    const float *x;
+    int64_t n, k, stride;
+    float *low, *high;
+    qn_atomic next, finite;
+} range_job;
+
+static void range_some(void *context, int thread) {
+    (void)thread;
+    range_job *j = context;
+    int64_t row, finite = 0, rows = 16;
+    uint64_t mode = qn_enter_default_mode();
+    while ((row = qn_atomic_add(&j->next, rows)) < j->n)
+        for (int64_t end = qn_min64(row + rows, j->n); row < end; row++)
+            finite += j->kernel->range((const float *)(const void *)((const uint8_t *)j->x + row * j->stride), j->k, j->low + row, j->high + row);
+    qn_atomic_add(&j->finite, finite);
+    qn_leave_default_mode(mode);
+}
+
+int64_t qn_ranges(const qn_kernel *kernel, const float *x, int64_t n, int64_t k, int64_t stride, float *low, float *high,
+                  int threads, qn_share share) {
+    range_job j = {.kernel = kernel, .x = x, .n = n, .k = k, .stride = stride, .low = low, .high = high};
+    if (threads > 1)
+        share(threads, range_some, &j);
+    else
+        range_some(&j, 0);
+    return qn_atomic_get(&j.finite);
+}
