@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from qnative import _core
+from qnative import _core, threads
 from qnative.config import CODE_DTYPES, QParams, QuantConfig
 from qnative.floats import as_float_array, encode
 from qnative.granularity import Granules
@@ -225,6 +225,7 @@ class QuantizedLinear:
         out_params = (1.0, 0, 0, 0)
         if out is not None:
             out_params = (float(out.scale), int(out.zero_point), int(out.quant_min or 0), int(out.quant_max or 0))
+        threads.meet_threadpoolctl()
         return _core.PackedLinear(
             codes, k, max(1, min(k, config.group_size or k)), scale, zeros, bias,
             format="int4" if info.bits == 4 else "int8" if not info.is_float else info.name,
