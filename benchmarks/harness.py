@@ -178,10 +178,10 @@ def _cpu_name() -> str:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Keep BLAS to one thread within."""
+    """Keep qnative and BLAS to one thread within."""
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-    with threadpool_limits(limits=1):
+    with qnative.num_threads(1), threadpool_limits(limits=1):
         yield
 
 

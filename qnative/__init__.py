@@ -3,14 +3,18 @@
 NumPy arrays in, NumPy arrays out: int8, int4 and float8 weights, ranges found from data, and linear layers that run on
 integer SIMD kernels with the same bits on every CPU.
 
-The native core is loaded at once, so that an instruction set that `QNATIVE_ISA` forces in vain fails here. A Python
-module is imported when one of its names is first used: ``import qnative`` costs a few milliseconds over NumPy.
+The native core and the number of threads are loaded at once, so that what `QNATIVE_ISA` and `QNATIVE_NUM_THREADS`
+ask for in vain fails here. Any other Python module is imported when one of its names is first used: ``import qnative``
+costs a few milliseconds over NumPy.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from qnative._core import isa as isa
+from qnative.threads import get_num_threads as get_num_threads
+from qnative.threads import num_threads as num_threads
+from qnative.threads import set_num_threads as set_num_threads
 
 if TYPE_CHECKING:
     from qnative.calibration import CalibrationDataset as CalibrationDataset
@@ -86,7 +90,7 @@ _NAMES = {
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 
-__all__ = ["isa", *sorted(_HOME)]
+__all__ = ["get_num_threads", "isa", "num_threads", "set_num_threads", *sorted(_HOME)]
 
 
 def __getattr__(name: str) -> Any:

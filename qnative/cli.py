@@ -8,10 +8,11 @@ interrupted).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 __all__ = ["main"]
@@ -391,7 +392,7 @@ def _info(options: Any) -> tuple[str, Any]:
 
     import numpy as np
 
-    from qnative import _core
+    from qnative import _core, cpus, threads
 
     version = str(sys.modules["qnative"].__version__)
     document = {
@@ -404,19 +405,25 @@ def _info(options: Any) -> tuple[str, Any]:
         "kernels": _core.isas(),
         "kernel_in_use": _core.isa(),
         "QNATIVE_ISA": os.environ.get("QNATIVE_ISA"),
-        "cpus_available": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads_per_call": 1,
+        "cpus_available": cpus.affinity(),
+        "cpu_quota": cpus.quota(),
+        "QNATIVE_NUM_THREADS": os.environ.get("QNATIVE_NUM_THREADS"),
+        "threads_per_call": threads.get_num_threads(),
     }
     usable = [name for name, ok in _core.isas().items() if ok]
     lines = [
         f"qnative   {version}",
         f"python    {document['python']}, numpy {document['numpy']}, {document['platform']}",
-        f"cpu       {document['cpu']}, {document['cpus_available']} available to this process",
+        f"cpu       {document['cpu']}, {document['cpus_available']} available to this process" + (
+            "" if document["cpu_quota"] is None else f", time of {document['cpu_quota']:g} by its control group"
+        ),
         f"features  {', '.join(name for name, ok in _core.cpu_features().items() if ok) or 'none that matter here'}",
         f"kernels   {', '.join(usable)}; in use: {_core.isa()}" + (
             " (by QNATIVE_ISA)" if os.environ.get("QNATIVE_ISA") else ""
         ),
-        "threads   a call runs on the thread that makes it, without the GIL",
+        f"threads   at most {document['threads_per_call']} a call" + (
+            " (QNATIVE_NUM_THREADS is set)" if document["QNATIVE_NUM_THREADS"] else ""
+        ),
     ]  # fmt: skip
     return "\n".join(lines), document
 
@@ -445,16 +452,16 @@ def _bench(options: Any) -> tuple[str, Any]:
     if not 0.0 < options.seconds <= 60.0:
         raise _UsageError(f"--seconds {options.seconds} must be above 0 and at most 60")
     rows = []
-    with _OneThread() as threads, _Bar(options.progress) as bar:
+    with _one_thread() as numpy_threads, _Bar(options.progress) as bar:
         for i, shape in enumerate(shapes):
             bar(i, len(shapes), "x".join(map(str, shape)))
             rows.append(_bench_shape(shape, options.dtype, options.seconds))
     columns = ["M", "K", "N", "qnative_us", "numpy_us", "ratio", "qnative_GOPS", "numpy_GOPS", "SQNR_dB"]
     heading = (
         f"{options.dtype} weights, dynamic activations, float32 in and out, bias; kernel {_core.isa()}, one thread;\n"
-        f"ratio: times faster than NumPy's float32 product in the same run, {threads}"
+        f"ratio: times faster than NumPy's float32 product in the same run, {numpy_threads}"
     )
-    document = {"dtype": options.dtype, "kernel": _core.isa(), "numpy_threads": threads, "shapes": rows}
+    document = {"dtype": options.dtype, "kernel": _core.isa(), "numpy_threads": numpy_threads, "shapes": rows}
     return f"{heading}\n\n{table(rows, columns)}", document
 
 
@@ -468,21 +475,21 @@ def _shape(text: str) -> tuple[int, int, int]:
     return m, k, n
 
 
-class _OneThread:
-    """Holds NumPy's product to one thread where threadpoolctl is installed, and says what holds."""
+@contextlib.contextmanager
+def _one_thread() -> Iterator[str]:
+    """Hold qnative and, where threadpoolctl is installed, NumPy's product to one thread; say what holds for NumPy."""
+    from qnative.threads import num_threads
 
-    def __enter__(self) -> str:
-        self._limits = None
+    with contextlib.ExitStack() as held:
+        held.enter_context(num_threads(1))
         try:
             import threadpoolctl  # type: ignore[import-untyped]
         except ImportError:
-            return "threads as the environment sets them (threadpoolctl is not installed)"
-        self._limits = threadpoolctl.threadpool_limits(1)
-        return "one thread"
-
-    def __exit__(self, *exception: object) -> None:
-        if self._limits is not None:
-            self._limits.unregister()
+            numpy_threads = "threads as the environment sets them (threadpoolctl is not installed)"
+        else:
+            held.enter_context(threadpoolctl.threadpool_limits(1))
+            numpy_threads = "one thread"
+        yield numpy_threads
 
 
 def _bench_shape(shape: tuple[int, int, int], dtype: str, seconds: float) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from qnative import _core
+from qnative import _core, threads
 from qnative.config import CODE_DTYPES, QParams, QuantConfig, qparams_from_range
 from qnative.floats import as_float_array, encode
 from qnative.granularity import Granules
@@ -251,6 +251,7 @@ class QuantizedLinear(_core.PackedLinear):
         out_params = (1.0, 0, 0, 0)
         if out is not None:
             out_params = (float(out.scale), int(out.zero_point), int(out.quant_min or 0), int(out.quant_max or 0))
+        threads.meet_threadpoolctl()
         code_range = (0, 0) if info.is_float else (int(config.quant_min) + offset, int(config.quant_max) + offset)
         self._pack(
             codes, values, k, max(1, min(k, config.group_size or k)), scale, zeros, bias_array, code_range=code_range,

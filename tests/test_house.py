@@ -24,8 +24,8 @@ COMPILED = {path.stem for path in (PACKAGE / "_core").glob("*.pyx")}
 #: From the ground up: a module may import those of lower floors, never of its own or a higher one.
 HOUSE = [
     {"_core"},
-    {"config", "storage", "work"},
-    {"files"},
+    {"config", "cpus", "storage", "work"},
+    {"files", "threads"},
     {"floats"},
     {"granularity"},
     {"elementwise"},

@@ -9,7 +9,7 @@ elementwise   count_nonfinite min_max quantize dequantize fake_quantize quantize
               pack_nibbles unpack_nibbles squared_sums histogram_of_codes
 floats        encode encode8 decode8 decode_bfloat16
 linear        PackedLinear activate isa isas cpu_features row_ranges scratch_kept
-threads       MAX_THREADS get_num_threads set_num_threads set_default_threads   (qnative_threads, with a door for Cython)
+threads       MAX_THREADS get_num_threads set_num_threads set_default_threads (compiled as qnative_threads)
 """
 
 from qnative._core.elementwise import (
