@@ -45,7 +45,7 @@ def extension(name: str, *sources: str) -> Extension:
         f"qnative._core.{name}",
         [f"qnative/_core/{name}.pyx", *sources],
         include_dirs=["csrc"],
-        depends=["csrc/qn_gemm.h", "csrc/qn_tile.h"],
+        depends=["csrc/qn_gemm.h", "csrc/qn_limits.h", "csrc/qn_tile.h"],
         extra_compile_args=compile_args,
         extra_link_args=link_args,
         libraries=libraries,
@@ -54,7 +54,12 @@ def extension(name: str, *sources: str) -> Extension:
 
 setup(
     ext_modules=cythonize(
-        [extension("elementwise"), extension("floats"), extension("linear", *C_SOURCES)],
+        [
+            extension("elementwise"),
+            extension("floats"),
+            extension("linear", *C_SOURCES),
+            extension("limits", "csrc/qn_limits.c"),
+        ],
         build_dir="build/cython",
         compiler_directives={
             "language_level": 3,

@@ -9,6 +9,7 @@ elementwise   count_nonfinite min_max quantize dequantize fake_quantize quantize
               pack_nibbles unpack_nibbles squared_sums histogram_of_codes
 floats        encode encode8 decode8 decode_bfloat16
 linear        PackedLinear activate isa isas cpu_features
+limits        compute_loops run_compute_loop read_loops run_read_loop read_float32
 """
 
 from qnative._core.elementwise import (
@@ -25,11 +26,13 @@ from qnative._core.elementwise import (
     unpack_nibbles,
 )
 from qnative._core.floats import decode8, decode_bfloat16, encode, encode8
+from qnative._core.limits import compute_loops, read_float32, read_loops, run_compute_loop, run_read_loop
 from qnative._core.linear import PackedLinear, activate, cpu_features, isa, isas
 
 __all__ = [
     "PackedLinear",
     "activate",
+    "compute_loops",
     "count_nonfinite",
     "cpu_features",
     "decode8",
@@ -46,6 +49,10 @@ __all__ = [
     "pack_nibbles",
     "quantize",
     "quantize_float8",
+    "read_float32",
+    "read_loops",
+    "run_compute_loop",
+    "run_read_loop",
     "squared_sums",
     "unpack_nibbles",
 ]

@@ -11,6 +11,7 @@ _Walk = tuple[int, int, int, int, bool, bool]
 __all__ = [
     "PackedLinear",
     "activate",
+    "compute_loops",
     "count_nonfinite",
     "cpu_features",
     "decode8",
@@ -27,6 +28,10 @@ __all__ = [
     "pack_nibbles",
     "quantize",
     "quantize_float8",
+    "read_float32",
+    "read_loops",
+    "run_compute_loop",
+    "run_read_loop",
     "squared_sums",
     "unpack_nibbles",
 ]
@@ -76,6 +81,11 @@ def decode_bfloat16(codes: NDArray[np.uint16], out: NDArray[np.float32]) -> None
 def isa() -> str: ...
 def isas() -> dict[str, bool]: ...
 def cpu_features() -> dict[str, bool]: ...
+def compute_loops() -> dict[str, bool]: ...
+def read_loops() -> dict[str, bool]: ...
+def run_compute_loop(name: str, iterations: int) -> int: ...
+def run_read_loop(name: str, data: NDArray[np.uint8], ahead: int = 0) -> int: ...
+def read_float32(x: NDArray[np.float32]) -> float: ...
 def activate(x: NDArray[np.float32], activation: str | None, out: NDArray[np.float32]) -> None: ...
 
 class PackedLinear:
