@@ -5,7 +5,8 @@ float32 in, float32 out, with a bias; activations are quantized row by row withi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,67 +14,154 @@ import numpy as np
 from numpy.typing import NDArray
 
 import qnative as qn
-from benchmarks import peers, threads
-from qnative.bench import Case, Contender, Problem, WrongResult, compute_limits, numpy_float32, ours, read_limit
+from benchmarks import peers
+from qnative import _core
+from qnative.bench import (
+    Case,
+    Contender,
+    Problem,
+    WrongResult,
+    compute_limits,
+    last_level_cache,
+    numpy_float32,
+    ours,
+    read_limits,
+    rotate,
+)
 from tests import reference
 
-#: The table of the int8 layer: (m, k, n).
-SHAPES = (
-    (1, 384, 384),
-    (1, 4096, 4096),
-    (8, 768, 3072),
-    (32, 384, 1536),
-    (128, 384, 1536),
-    (128, 768, 3072),
-    (512, 1024, 1024),
-    (512, 4096, 4096),
-)
-SHORT_SHAPES = ((1, 384, 384), (32, 384, 1536), (128, 768, 3072))
-#: Its rows on two threads.
-TWO_THREADS = ((1, 4096, 4096), (128, 768, 3072))
 INT8 = qn.QuantConfig.int8_per_channel()
-OTHERS = {
-    "int4": qn.QuantConfig.int4_per_group(32).asymmetric(),
-    "fp8": qn.QuantConfig.fp8().per_channel(),
-}
+Shape = tuple[int, int, int]
 
 
-def int8_case(shape: tuple[int, int, int], count: int = 1) -> Case:
-    """Build one row of the int8 table: the layer and all that it is compared with, on `count` threads."""
-    problem = Problem.random(*shape)
-    layer = qn.QuantizedLinear.from_float(problem.weight, problem.bias, INT8)
-    found = [
-        ours(layer, problem, prepare=partial(threads.set_ours, count)),
-        numpy_float32(problem, partial(threads.set_blas, count)),
-        *compute_limits("vpdpbusd", count),
-    ]
-    if shape[0] == 1 and count == 1:
-        found += read_limit(layer._packed.nbytes, problem.operations)
-    found += peers.contenders(problem, count)
-    return Case(name(shape), partial(check, layer, problem), found)
-
-
-def other_case(shape: tuple[int, int, int], config: qn.QuantConfig) -> Case:
-    """Build one row of another format's table: the layer, the limit of its products, and NumPy."""
-    problem = Problem.random(*shape)
-    layer = qn.QuantizedLinear.from_float(problem.weight, problem.bias, config)
-    limits = compute_limits("float32" if config.info.is_float else "vpdpbusd")
-    return Case(name(shape), partial(check, layer, problem), [ours(layer, problem), numpy_float32(problem), *limits])
-
-
-def name(shape: tuple[int, int, int]) -> str:
+def title(shape: Shape) -> str:
     """Return "m,k,n"."""
     return ",".join(map(str, shape))
 
 
-def check(layer: qn.QuantizedLinear, problem: Problem, isas: tuple[str | None, ...] = (None,)) -> None:
-    """Compare bits with the NumPy reference, on a few of the rows of a whole call (the reference is slow).
+def clock(threads: int) -> Callable[[], float]:
+    """Return the clock for so many threads: one thread's work is its CPU time."""
+    return time.process_time if threads == 1 else time.perf_counter
+
+
+def int8_case(shape: Shape, threads: int = 1) -> Case:
+    """One row of the int8 table: the layer and all that it is compared with."""
+    problem = Problem.random(*shape)
+    layer = qn.QuantizedLinear.from_float(problem.weight, problem.bias, INT8)
+    contenders = [
+        ours(layer, problem, threads=threads),
+        *compute_limits("integer", threads),
+        numpy_float32(problem, threads),
+        *peers.contenders(peers.Quantized.of(problem), threads),
+    ]
+    if shape[0] == 1 and threads == 1:
+        contenders += read_limits(words(layer.nbytes), problem.operations)
+    # Weights that do not fit the L2 cache come to lie in the next one after several passes only.
+    turn = 5e-3 if shape[0] == 1 and layer.nbytes > 1 << 20 else Case.sample
+    return Case(
+        title(shape), partial(check, [layer], problem), contenders, shape, threads, clock(threads),
+        sample=turn, warm=turn if turn > Case.sample else Case.warm,
+    )  # fmt: skip
+
+
+def cold_case(shape: Shape) -> Case:
+    """The layer on weights that come from memory: each call is that of another layer, of four caches' worth of them."""
+    problem = Problem.random(*shape)
+    layer = qn.QuantizedLinear.from_float(problem.weight, problem.bias, INT8)
+    count = max(2, -(-4 * last_level_cache() // layer.nbytes))
+    layers = [layer] + [qn.QuantizedLinear.from_float(problem.weight, problem.bias, INT8) for _ in range(count - 1)]
+    quantized = peers.Quantized.of(problem)
+    groups = [
+        [ours(each, problem) for each in layers],
+        *zip(*(peers.contenders(quantized) for _ in range(count)), strict=True),
+    ]
+    contenders = [
+        *map(rotate, groups),
+        *read_limits(words(layer.nbytes * count, count), problem.operations, pieces=count),
+    ]
+    return Case(
+        f"{title(shape)} of {count} layers", partial(check, layers[:1], problem), contenders, shape,
+        sample=1e-2, warm=1e-2,
+    )  # fmt: skip
+
+
+def isa_case(shape: Shape) -> Case:
+    """Every vector kernel that this CPU can run, forced, and the limit of exact products by AVX2."""
+    problem = Problem.random(*shape)
+    layer = qn.QuantizedLinear.from_float(problem.weight, problem.bias, INT8)
+    names = [name for name, usable in _core.isas().items() if usable and name != "scalar"]
+    contenders = [ours(layer, problem, name=name, isa=name) for name in names]
+    return Case(
+        title(shape), partial(check, [layer], problem, names), [*contenders, *compute_limits("avx2")], shape
+    )  # fmt: skip
+
+
+def other_case(shape: Shape, config: qn.QuantConfig) -> Case:
+    """One row of another format's table: the layer, the limit of its products, and NumPy."""
+    problem = Problem.random(*shape)
+    layer = qn.QuantizedLinear.from_float(problem.weight, problem.bias, config)
+    limits = compute_limits("float32" if config.info.is_float else "integer")
+    contenders = [ours(layer, problem), *limits, numpy_float32(problem)]
+    return Case(title(shape), partial(check, [layer], problem), contenders, shape)
+
+
+def threads_case(shape: Shape, threads: int) -> Case:
+    """One layer on one thread and on several, by turns."""
+    problem = Problem.random(*shape)
+    layer = qn.QuantizedLinear.from_float(problem.weight, problem.bias, INT8)
+    contenders = [ours(layer, problem, name=thread_name(count), threads=count) for count in (1, threads)]
+    return Case(title(shape), partial(check, [layer], problem), contenders, shape, threads, clock(threads))
+
+
+def thread_name(count: int) -> str:
+    """Return how a contender with so many threads is called."""
+    return "1 thread" if count == 1 else f"{count} threads"
+
+
+def flat_case(shapes: Sequence[Shape]) -> Case:
+    """Layers of several shapes in one race: is the rate the same?"""
+    problems = [Problem.random(*shape) for shape in shapes]
+    layers = [qn.QuantizedLinear.from_float(p.weight, p.bias, INT8) for p in problems]
+    contenders = [ours(layer, p, name=title(p.shape)) for layer, p in zip(layers, problems, strict=True)]
+
+    def check_all() -> None:
+        for layer, problem in zip(layers, problems, strict=True):
+            check([layer], problem)
+
+    return Case("shapes", check_all, contenders)
+
+
+def words(size: int, pieces: int = 1) -> NDArray[np.uint8]:
+    """Return a buffer of ones of about that size, whole words in each of its pieces."""
+    return np.ones(-(-size // (8 * pieces)) * 8 * pieces, np.uint8)
+
+
+def check(layers: Sequence[qn.QuantizedLinear], problem: Problem, isas: Sequence[str | None] = (None,)) -> None:
+    """Compare bits with the NumPy reference on a few of the rows of a whole call (it is slow), and kernels on all rows.
 
     Raises
     ------
     WrongResult
         If a bit differs.
     """
+    for layer in layers:
+        first: NDArray[np.float32] | None = None
+        rows, expected = reference_rows(layer, problem)
+        for isa in isas:
+            out = problem.output()
+            layer._forward(problem.x, out, isa)
+            what = f"{layer!r} on {problem.shape}, kernel {isa or qn.isa()}"
+            try:
+                reference.assert_same_bits(out[rows], expected, f"{what}, rows {rows.tolist()}")
+                if first is not None:
+                    reference.assert_same_bits(out, first, f"{what} and {isas[0]}")
+            except AssertionError as error:
+                raise WrongResult(str(error)) from None
+            first = out
+
+
+def reference_rows(layer: qn.QuantizedLinear, problem: Problem) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
+    """Return some rows' numbers, and what the reference computes for them."""
     q = layer.weight_quantized()
     config = q.config
     weights = reference.Weights.build(q.codes, q.scale, q.zero_point, config.dtype, config.group_size)
@@ -85,23 +173,4 @@ def check(layer: qn.QuantizedLinear, problem: Problem, isas: tuple[str | None, .
         accumulated = reference.float_accumulators(codes, weights, config.dtype)
     else:
         accumulated = reference.accumulators(codes, zero, weights)
-    expected = reference.epilogue(accumulated, scale, weights, layer.bias)
-    for isa in isas:
-        out = problem.output()
-        layer._forward(problem.x, out, isa)
-        try:
-            reference.assert_same_bits(out[rows], expected, f"{layer!r} on {problem.shape}, {isa}, rows {rows.tolist()}")
-        except AssertionError as error:
-            raise WrongResult(str(error)) from None
-
-
-def others(short: bool) -> Iterator[tuple[str, Iterator[Case]]]:
-    """Yield the tables of the other formats."""
-    for title, config in OTHERS.items():
-        yield title, (other_case(shape, config) for shape in (SHORT_SHAPES if short else SHAPES))
-
-
-def contender_of(case: Case, name: str) -> Contender:
-    """Find one by its name."""
-    (found,) = (c for c in case.contenders if c.name == name)
-    return found
+    return rows, reference.epilogue(accumulated, scale, weights, layer.bias)

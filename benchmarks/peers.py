@@ -69,7 +69,7 @@ class Call:
     prepare: Callable[[], object] | None = None
 
 
-def contenders(problem: Problem, threads: int = 1) -> Iterator[Contender]:
+def contenders(quantized: Quantized, threads: int = 1) -> Iterator[Contender]:
     """Build and check the peers that are installed and can use so many threads.
 
     Raises
@@ -77,7 +77,7 @@ def contenders(problem: Problem, threads: int = 1) -> Iterator[Contender]:
     WrongResult
         If one computes something else than it is compared for.
     """
-    quantized = Quantized.of(problem)
+    problem = quantized.problem
     for name, (kind, build, most_threads) in PEERS.items():
         if threads > most_threads:
             continue

@@ -1,24 +1,27 @@
 """Contenders that take turns: what `qnative bench` and the benchmarks of the source tree share.
 
-A case is something to compute and those who can. What is checked is checked before anything is timed. Contenders are
-timed in turns, so that whatever the machine does meanwhile happens to all of them; the machine's limits are contenders
-as others are, and what counts is the ratio of medians within one run.
+A case is something to compute and those who can. What can be checked is checked before anything is timed. Contenders
+are timed in turns, so that whatever the machine does meanwhile happens to all of them. The machine's limits are
+contenders as others are, and what counts is the ratio of medians within one run.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import itertools
 import math
 import os
 import platform
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,7 +33,6 @@ from qnative.linear import QuantizedLinear
 __all__ = [
     "BLAS_OVERRIDES",
     "OURS",
-    "SHAPES",
     "Case",
     "Contender",
     "Outcome",
@@ -38,68 +40,62 @@ __all__ = [
     "Timing",
     "WrongResult",
     "blas_kernel",
-    "blas_threads",
     "check_layer",
-    "compute_limit",
     "compute_limits",
     "cpu_name",
     "cpus_available",
-    "fastest_reads",
+    "last_level_cache",
     "machine",
     "numpy_float32",
     "ours",
     "race",
-    "read_limit",
+    "read_limits",
+    "rotate",
+    "set_blas_threads",
+    "set_layer_threads",
     "settle",
+    "threads_available",
 ]
 
 #: The name under which qnative itself runs.
 OURS = "qnative"
 #: Seconds that a sample lasts at least, by repeating short calls: well above the clock's steps.
 SAMPLE = 1e-3
-#: (rows, in_features, out_features): layers of encoders, large and small, from one request to a batch.
-SHAPES = (
-    (1, 384, 384),
-    (1, 4096, 4096),
-    (8, 768, 3072),
-    (32, 384, 1536),
-    (128, 384, 1536),
-    (128, 768, 3072),
-    (512, 1024, 1024),
-    (512, 4096, 4096),
-)
 #: Environment variables that make OpenBLAS run other kernels than it would choose, mostly slower ones.
 BLAS_OVERRIDES = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")
 
-#: Loops whose rate is a limit, by what they limit. The fastest that runs here is the limit.
-_LIMITS = {
-    "vpdpbusd": ("vpdpbusd_512", "vpdpbusd_256", "vpdpbusd_256_vex"),
-    "avx2": ("vpmaddwd_256", "vpsignb_256"),
-    "float32": ("fma_512", "fma_256"),
-    "portable": ("portable_int8", "portable_float32"),
+#: Compute loops by what they limit: the first group of which any runs here. The fastest of a group is the limit.
+_COMPUTE_LOOPS = {
+    "integer": (
+        ("vpdpbusd_512", "vpdpbusd_256", "vpdpbusd_256_vex"),
+        ("vpmaddwd_256", "vpsignb_256"),
+        ("portable_int8",),
+    ),
+    "avx2": (("vpmaddwd_256", "vpsignb_256"),),
+    "float32": (("fma_512", "fma_256"), ("portable_float32",)),
 }
-#: How far ahead of a load a read loop may prefetch, in bytes; none is often the best, as hardware does it too.
+#: How far ahead of a load a read loop prefetches, in bytes: nothing is often the best, as the hardware does it too.
 _AHEAD = (0, 512)
 
 
-class WrongResult(AssertionError):
+class WrongResult(RuntimeError):
     """A contender computed something else than it should."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One who computes, by calling `run`.
+    """One who computes, by a call of `run`.
 
     Attributes
     ----------
     name : str
-        Who it is, once in a case.
+        Who it is; once in a case.
     run : callable
         What is timed; called without arguments.
     operations : float
-        Operations that a call does, for its rate. A read loop counts those of the layer whose weights it reads.
+        Operations that a call does, for its rate. A loop that reads a layer's weights counts as the layer does.
     kind : str
-        What it stands for in comparisons: "ours", "limit", "read", "float32", and peers' own kinds.
+        What it stands for in comparisons: "ours", "limit" (compute), "read" (bandwidth), "float32", or a peer's kind.
     prepare : callable, optional
         Called before each of its turns, and not timed: thread counts are set there.
     """
@@ -113,21 +109,37 @@ class Contender:
 
 @dataclass(frozen=True)
 class Case:
-    """Something to compute, who can, and what must be true before they are timed.
+    """Something to compute, who can, and how they are timed.
 
     Attributes
     ----------
     name : str
-        What is computed, such as a shape.
+        What is computed.
     check : callable
         Raises `WrongResult` unless the results are right.
     contenders : sequence of Contender
         Those who take turns.
+    shape : (int, int, int), optional
+        (m, k, n) of a linear layer.
+    threads : int
+        How many the contenders may use.
+    clock : callable
+        Seconds. The CPU time of this process is the default: on an idle machine it is the time on the wall, on a busy
+        one it is not made longer by programs that share the core, and a contender with more threads pays for all of
+        them. Where several threads are meant to run at once it is the time on the wall, `time.perf_counter`.
+    sample, warm : float
+        Seconds that a contender's turn lasts at least, and that it runs before, untimed, so that its data is where it
+        finds it when it is called again and again.
     """
 
     name: str
     check: Callable[[], object]
     contenders: Sequence[Contender]
+    shape: tuple[int, int, int] | None = None
+    threads: int = 1
+    clock: Callable[[], float] = time.process_time
+    sample: float = SAMPLE
+    warm: float = SAMPLE / 4
 
 
 @dataclass(frozen=True)
@@ -150,21 +162,24 @@ class Timing:
 class Outcome:
     """A timed case."""
 
-    name: str
-    contenders: Sequence[Contender]
-    timings: dict[str, Timing] = field(default_factory=dict)
-
-    def rate(self, name: str) -> float:
-        """Operations a second of a contender."""
-        (operations,) = (c.operations for c in self.contenders if c.name == name)
-        return operations / self.timings[name].median
+    case: Case
+    timings: dict[str, Timing]
 
     def names(self, *kinds: str) -> list[str]:
         """Those of some kinds."""
-        return [c.name for c in self.contenders if c.kind in kinds]
+        return [c.name for c in self.case.contenders if c.kind in kinds]
+
+    def seconds(self, name: str) -> float:
+        """Median seconds of a contender's call."""
+        return self.timings[name].median
+
+    def rate(self, name: str) -> float:
+        """Operations a second of a contender."""
+        (operations,) = (c.operations for c in self.case.contenders if c.name == name)
+        return operations / self.timings[name].median
 
     def best(self, *kinds: str) -> str | None:
-        """Name the fastest of some kinds, or None if none took part."""
+        """Name the fastest of some kinds; None if none took part."""
         return max(self.names(*kinds), key=self.rate, default=None)
 
     def ratio(self, name: str, other: str) -> float:
@@ -174,7 +189,9 @@ class Outcome:
     def to_dict(self) -> dict[str, Any]:
         """Return what JSON can hold."""
         return {
-            "name": self.name,
+            "name": self.case.name,
+            "shape": None if self.case.shape is None else list(self.case.shape),
+            "threads": self.case.threads,
             "contenders": {
                 c.name: {
                     "kind": c.kind,
@@ -184,7 +201,7 @@ class Outcome:
                     "samples": self.timings[c.name].samples,
                     "gops": self.rate(c.name) / 1e9,
                 }
-                for c in self.contenders
+                for c in self.case.contenders
             },
         }
 
@@ -192,26 +209,19 @@ class Outcome:
 # Timing
 
 
-def race(case: Case, seconds: float, least: int = 5, alone: bool = True) -> Outcome:
+def race(case: Case, seconds: float, least: int = 5) -> Outcome:
     """Check a case and time its contenders in turns.
 
-    Who goes first moves on by one each round, so that nobody always runs on the caches that another left; and each turn
-    begins with calls that are not timed, which bring the contender's own data to where they find it again.
+    Who goes first moves on by one each round, so that nobody always runs on the caches that another left.
 
     Parameters
     ----------
     case : Case
         What to time.
     seconds : float
-        How long, in all.
+        How long on the wall, in all.
     least : int
         Turns that each contender has, whatever time that takes.
-    alone : bool
-        Whether all are to run on one thread. Then what is timed is the CPU time of this process: on an idle machine
-        that is the time on the wall, and on a busy one it is not made longer by programs that share the core; a
-        contender that uses more threads pays for all of them. If not alone, the clock is the one on the wall, and the
-        threads that a contender leaves spinning are waited for before the next one's turn: they would slow it down, and
-        to forbid them would slow down their owner.
 
     Returns
     -------
@@ -224,13 +234,14 @@ def race(case: Case, seconds: float, least: int = 5, alone: bool = True) -> Outc
     """
     case.check()
     settle()
-    clock = time.process_time if alone else time.perf_counter
     repeats: dict[str, int] = {}
+    warmups: dict[str, int] = {}
     for contender in case.contenders:
-        _prepare(contender, alone)
+        _prepare(contender, case)
         contender.run()
-        once = min(_sample(contender.run, 1, clock) for _ in range(3))
-        repeats[contender.name] = max(1, math.ceil(SAMPLE / once))
+        once = max(min(_sample(contender.run, 1, case.clock) for _ in range(3)), 1e-9)
+        repeats[contender.name] = max(1, math.ceil(case.sample / once))
+        warmups[contender.name] = max(1, math.ceil(case.warm / once))
     samples: dict[str, list[float]] = {c.name: [] for c in case.contenders}
     order = list(case.contenders)
     deadline = time.perf_counter() + seconds
@@ -239,23 +250,22 @@ def race(case: Case, seconds: float, least: int = 5, alone: bool = True) -> Outc
     try:
         for turn in itertools.count(1):
             for contender in order:
-                _prepare(contender, alone)
-                count = repeats[contender.name]
-                _sample(contender.run, max(1, count // 4), clock)
-                samples[contender.name].append(_sample(contender.run, count, clock))
+                _prepare(contender, case)
+                _sample(contender.run, warmups[contender.name], case.clock)
+                samples[contender.name].append(_sample(contender.run, repeats[contender.name], case.clock))
             order.append(order.pop(0))
             if turn >= least and time.perf_counter() > deadline:
                 break
     finally:
         if collecting:
             gc.enable()
-    return Outcome(case.name, case.contenders, {name: Timing.of(taken) for name, taken in samples.items()})
+    return Outcome(case, {name: Timing.of(taken) for name, taken in samples.items()})
 
 
-def _prepare(contender: Contender, alone: bool) -> None:
+def _prepare(contender: Contender, case: Case) -> None:
     if contender.prepare is not None:
         contender.prepare()
-    if not alone:
+    if case.threads > 1:
         settle()
 
 
@@ -268,6 +278,9 @@ def _sample(run: Callable[[], object], repeats: int, clock: Callable[[], float])
 
 def settle(most: float = 1.0) -> bool:
     """Wait until the other threads of this process have gone to sleep.
+
+    Many thread pools let their threads spin for a while after a call, in case of another. They would slow down whoever
+    comes next, and to forbid them to spin would slow down their owner.
 
     Parameters
     ----------
@@ -317,7 +330,7 @@ class Problem:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(m, k, n)."""
-        return (*self.x.shape, len(self.weight))
+        return len(self.x), self.weight.shape[1], len(self.weight)
 
     @property
     def operations(self) -> float:
@@ -330,16 +343,15 @@ class Problem:
 
 
 def ours(
-    layer: QuantizedLinear, problem: Problem, *, name: str = OURS, kind: str = "ours", isa: str | None = None,
-    prepare: Callable[[], object] | None = None,
-) -> Contender:  # fmt: skip
-    """Return a layer as a contender, writing into an array made before; on a named kernel if `isa` is given."""
+    layer: QuantizedLinear, problem: Problem, *, name: str = OURS, isa: str | None = None, threads: int = 1
+) -> Contender:
+    """Return a layer as a contender that writes into an array made before; on a named kernel if `isa` is given."""
     out = problem.output()
     run = partial(layer, problem.x, out=out) if isa is None else partial(layer._forward, problem.x, out, isa)
-    return Contender(name, run, problem.operations, kind, prepare)
+    return Contender(name, run, problem.operations, "ours", partial(set_layer_threads, threads))
 
 
-def numpy_float32(problem: Problem, prepare: Callable[[], object] | None = None) -> Contender:
+def numpy_float32(problem: Problem, threads: int = 1) -> Contender:
     """Return the float32 layer as one writes it in NumPy: a BLAS product and a sum in place."""
     transposed, out = problem.weight.T, problem.output()
 
@@ -347,10 +359,17 @@ def numpy_float32(problem: Problem, prepare: Callable[[], object] | None = None)
         np.matmul(problem.x, transposed, out=out)
         return np.add(out, problem.bias, out=out)
 
-    return Contender("NumPy float32", run, problem.operations, "float32", prepare)
+    return Contender("NumPy float32", run, problem.operations, "float32", partial(set_blas_threads, threads))
 
 
-def check_layer(layer: QuantizedLinear, problem: Problem, isas: Sequence[str | None] = (None,)) -> None:
+def rotate(contenders: Sequence[Contender]) -> Contender:
+    """Make one contender of several of the same name: each call is the next one's, so that it finds its data cold."""
+    first, *_ = contenders
+    runs = itertools.cycle([c.run for c in contenders])
+    return Contender(first.name, lambda: next(runs)(), first.operations, first.kind, first.prepare)
+
+
+def check_layer(layer: QuantizedLinear, problem: Problem) -> None:
     """Compare the bits of a few rows of a whole call with those that the scalar kernel gives for each row alone.
 
     The scalar kernel is the specification of the others, and a row's result must not depend on its batch.
@@ -361,93 +380,158 @@ def check_layer(layer: QuantizedLinear, problem: Problem, isas: Sequence[str | N
         If a bit differs, or if the result is no approximation of the float product at all.
     """
     rows = np.unique(np.linspace(0, len(problem.x) - 1, 4).astype(np.intp))
+    out = problem.output()
+    layer(problem.x, out=out)
     alone = np.concatenate([layer._forward(problem.x[i : i + 1], isa="scalar") for i in rows])
-    for isa in isas:
-        out = problem.output()
-        layer._forward(problem.x, out, isa)
-        if not np.array_equal(out[rows].view(np.uint32), alone.view(np.uint32)):
-            raise WrongResult(f"{layer!r} on {problem.shape}, kernel {isa or _core.isa()}: not the scalar kernel's bits")
+    if not np.array_equal(out[rows].view(np.uint32), alone.view(np.uint32)):
+        raise WrongResult(
+            f"{layer!r} is wrong for {problem.shape}: kernel {_core.isa()} and the scalar one give different bits; "
+            "nothing was timed, please report it"
+        )
     product = problem.x[rows] @ problem.weight.T + problem.bias
     error = float(np.linalg.norm(alone - product) / np.linalg.norm(product))
-    if not error < 0.25:  # int8 has about 0.01, fp8 0.04, int4 0.15
-        raise WrongResult(f"{layer!r} on {problem.shape}: relative error {error:.3g} to the float product")
+    if not error < 0.25:  # int8 has about 0.01, float8 0.04, int4 0.1
+        raise WrongResult(
+            f"{layer!r} is wrong for {problem.shape}: relative error {error:.3g} to the float product; "
+            "nothing was timed, please report it"
+        )
 
 
 # Limits
 
 
 def compute_limits(kind: str, threads: int = 1) -> list[Contender]:
-    """Return the loops of one kind that run here.
+    """Return the loops that show how fast this machine can multiply and add; the fastest is the limit.
 
     Parameters
     ----------
-    kind : {"vpdpbusd", "avx2", "float32", "portable"}
-        What they do; the fastest of them is the limit.
+    kind : {"integer", "avx2", "float32"}
+        Exact products of 8-bit codes by the best instruction here, or by AVX2 alone (empty where there is none); or of
+        float32.
     threads : int
         How many run the loop at once.
     """
     usable = _core.compute_loops()
-    return [compute_limit(name, threads) for name in _LIMITS[kind] if usable.get(name)]
+    groups = ([name for name in group if usable.get(name)] for group in _COMPUTE_LOOPS[kind])
+    return [_compute_limit(name, threads) for name in next(filter(None, groups), [])]
 
 
-def compute_limit(name: str, threads: int = 1) -> Contender:
-    """Return one compute loop as a contender whose call takes about half a sample's time."""
-    done, iterations = 0, 1
-    while True:  # as many iterations as it takes, found by doubling
+def _compute_limit(name: str, threads: int) -> Contender:
+    iterations = done = 0
+    taken = 0.0
+    while taken < SAMPLE / 2:  # as many iterations as that takes, found by doubling
+        iterations = max(1, 2 * iterations)
         start = time.process_time()
         done = _core.run_compute_loop(name, iterations)
-        if time.process_time() - start > SAMPLE / 2:
-            break
-        iterations *= 2
+        taken = time.process_time() - start
     if threads == 1:
         return Contender(name, partial(_core.run_compute_loop, name, iterations), 2.0 * done, "limit")
-    iterations *= 10  # waking a thread is a small part of it then
     pool = ThreadPoolExecutor(threads)
 
     def run() -> None:
-        for each in [pool.submit(_core.run_compute_loop, name, iterations) for _ in range(threads)]:
+        for each in [pool.submit(_core.run_compute_loop, name, 10 * iterations) for _ in range(threads)]:
             each.result()
 
-    return Contender(name, run, 20.0 * done * threads, "limit")
+    return Contender(name, run, 20.0 * done * threads, "limit")  # 10 times, so that waking a thread is a small part
 
 
-def fastest_reads(data: NDArray[np.uint8], count: int = 2) -> list[tuple[str, int]]:
-    """Try the read loops on a buffer.
+def read_limits(data: NDArray[np.uint8], operations: float, pieces: int = 1, count: int = 2) -> list[Contender]:
+    """Return the loops that read a buffer fastest.
 
     Parameters
     ----------
     data : numpy.ndarray of uint8
-        The buffer.
+        The buffer, a multiple of 8 bytes.
+    operations : float
+        What one read counts as.
+    pieces : int
+        Parts of the buffer, of which each read is the next one's.
     count : int
-        How many to name.
-
-    Returns
-    -------
-    list of (str, int)
-        The fastest loops and how far ahead they prefetch, fastest first, by the median of a few turns.
+        How many loops to return; each is tried a few times first.
     """
-    candidates = [(name, ahead) for name, can in _core.read_loops().items() if can for ahead in _AHEAD]
-    repeats = max(1, (1 << 20) // max(len(data), 1))
-    taken: dict[tuple[str, int], list[float]] = {candidate: [] for candidate in candidates}
-    for _ in range(5):
-        for name, ahead in candidates:
-            run = partial(_core.run_read_loop, name, data, ahead)
-            run()
-            taken[name, ahead].append(_sample(run, repeats, time.process_time))
-    return sorted(candidates, key=lambda candidate: statistics.median(taken[candidate]))[:count]
-
-
-def read_limit(size: int, operations: float) -> list[Contender]:
-    """Return the fastest loops that read `size` bytes, a warm buffer of their own, counted as `operations` a read."""
-    data = np.zeros(-(-size // 8) * 8, np.uint8)
-    data.fill(1)
-    return [
-        Contender(f"{name} +{ahead}" if ahead else name, partial(_core.run_read_loop, name, data, ahead), operations, "read")
-        for name, ahead in fastest_reads(data)
+    parts = list(data.reshape(pieces, -1))
+    # A small buffer is read several times a call, so that what is seen is the loop and not the call.
+    passes = max(1, (1 << 20) // data.size) if pieces == 1 else 1
+    usable = [name for name, can in _core.read_loops().items() if can]
+    candidates = [
+        rotate([_read_loop(name, part, ahead, passes, operations) for part in parts])
+        for name in usable
+        for ahead in _AHEAD
     ]
+    taken: dict[str, list[float]] = {candidate.name: [] for candidate in candidates}
+    for _ in range(5):
+        for candidate in candidates:
+            candidate.run()
+            taken[candidate.name].append(_sample(candidate.run, pieces, time.process_time))
+    return sorted(candidates, key=lambda candidate: statistics.median(taken[candidate.name]))[:count]
+
+
+def _read_loop(loop: str, data: NDArray[np.uint8], ahead: int, passes: int, operations: float) -> Contender:
+    name = f"{loop}, prefetching {ahead} bytes ahead" if ahead else loop
+    return Contender(name, partial(_core.run_read_loop, loop, data, ahead, passes), operations * passes, "read")
+
+
+# Threads
+
+
+def cpus_available() -> int:
+    """Return how many CPUs this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def threads_available() -> int:
+    """Return how many threads a layer's call can use at most."""
+    return cpus_available() if _set_num_threads() else 1
+
+
+def set_layer_threads(count: int) -> None:
+    """Set how many threads a layer's call uses."""
+    setter = _set_num_threads()
+    if setter is not None:
+        setter(count)
+    elif count != 1:
+        raise RuntimeError(f"this build of qnative has no thread pool; a call cannot use {count} threads")
+
+
+def _set_num_threads() -> Callable[[int], object] | None:
+    return getattr(sys.modules["qnative"], "set_num_threads", None)
+
+
+def set_blas_threads(count: int) -> bool:
+    """Set how many threads NumPy's product uses, where threadpoolctl is installed; return whether it is."""
+    controller = _blas()
+    if controller is not None:
+        controller.limit(limits=count)
+    return controller is not None
+
+
+@functools.cache
+def _blas() -> Any:
+    try:
+        from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
+    except ImportError:
+        return None
+    return ThreadpoolController().select(user_api="blas")
 
 
 # The machine
+
+
+def machine() -> dict[str, Any]:
+    """Tell what figures depend on: CPU, kernels, caches, NumPy's BLAS."""
+    return {
+        "cpu": cpu_name(),
+        "cpus_available": cpus_available(),
+        "threads_available": threads_available(),
+        "caches": _caches(),
+        "transparent_hugepages": _line("/sys/kernel/mm/transparent_hugepage/enabled"),
+        "kernel": _core.isa(),
+        "kernels": [name for name, usable in _core.isas().items() if usable],
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "blas": blas_kernel(),
+        "blas_overrides": {name: os.environ[name] for name in BLAS_OVERRIDES if name in os.environ},
+    }
 
 
 def cpu_name() -> str:
@@ -460,44 +544,29 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def cpus_available() -> int:
-    """Return how many CPUs this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def last_level_cache() -> int:
+    """Return the bytes of the largest cache, or of a usual one where the system does not tell."""
+    return max(_caches().values(), default=32 << 20)
 
 
-def machine() -> dict[str, Any]:
-    """Tell what figures depend on: CPU, kernels, caches, NumPy's BLAS."""
-    return {
-        "cpu": cpu_name(),
-        "cpus_available": cpus_available(),
-        "kernel": _core.isa(),
-        "kernels": [name for name, usable in _core.isas().items() if usable],
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "blas": blas_kernel(),
-        "blas_overrides": {name: os.environ[name] for name in BLAS_OVERRIDES if name in os.environ},
-    }
+def _caches() -> dict[str, int]:
+    """Return the data caches of the first CPU: level to bytes."""
+    found = {}
+    for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        level, kind, size = (_line(folder / name) for name in ("level", "type", "size"))
+        if level and size and kind != "Instruction" and size.endswith("K"):
+            found[f"L{level}"] = int(size[:-1]) << 10
+    return found
+
+
+def _line(path: str | Path) -> str | None:
+    try:
+        return Path(path).read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
 
 
 def blas_kernel() -> str | None:
     """Return which of its kernels NumPy's BLAS runs, where threadpoolctl is installed and can tell."""
-    try:
-        import threadpoolctl  # type: ignore[import-untyped]
-    except ImportError:
-        return None
-    for pool in threadpoolctl.threadpool_info():
-        if pool["user_api"] == "blas":
-            return f"{pool['internal_api']} {pool['version']} {pool.get('architecture') or ''}".strip()
-    return None
-
-
-@contextlib.contextmanager
-def blas_threads(count: int) -> Iterator[str]:
-    """Hold NumPy's product to some threads where threadpoolctl is installed; yields what holds, in words."""
-    try:
-        import threadpoolctl
-    except ImportError:
-        yield "threads as the environment sets them (threadpoolctl is not installed)"
-        return
-    with threadpoolctl.threadpool_limits(count):
-        yield "one thread" if count == 1 else f"{count} threads"
+    found: Iterable[dict[str, Any]] = _blas().info() if _blas() else ()
+    return next((f"{b['internal_api']} {b['version']} {b.get('architecture') or ''}".strip() for b in found), None)

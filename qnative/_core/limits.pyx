@@ -59,21 +59,24 @@ def run_compute_loop(str name, int64_t iterations):
     return done
 
 
-def run_read_loop(str name, const uint8_t[::1] data not None, int64_t ahead=0):
-    """Read a buffer once and return the sum of its 64-bit words modulo 2^64.
+def run_read_loop(str name, const uint8_t[::1] data not None, int64_t ahead=0, int64_t passes=1):
+    """Read a buffer `passes` times and return the sum of all 64-bit words that were read, modulo 2^64.
 
     data : uint8[n], n a multiple of 8; `ahead`: bytes from a load to the line that is prefetched with it (0: none).
     """
     cdef int i = find(READ, name)
     cdef uint64_t total = 0
-    cdef int64_t size = data.shape[0]
+    cdef int64_t size = data.shape[0], done
     if size % 8:
         raise ValueError(f"data has {size} bytes; their number must be a multiple of 8")
     if not 0 <= ahead <= 1 << 20:
         raise ValueError(f"ahead is {ahead}; it must be 0 to {1 << 20} bytes")
+    if not 0 <= passes <= MOST_ITERATIONS:
+        raise ValueError(f"passes is {passes}; it must be 0 to {MOST_ITERATIONS}")
     if size:
         with nogil:
-            total = qn_read_loops[i].run(&data[0], size, ahead)
+            for done in range(passes):
+                total += qn_read_loops[i].run(&data[0], size, ahead)
     return total
 
 
