@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the suites, print their tables and the targets, and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Check, then time, in turns.")
     parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)} (default: all)")
-    parser.add_argument("--short", action="store_true", help="fewer shapes, shorter timing: for a look, not for figures")
+    parser.add_argument("--short", action="store_true", help="fewer shapes, shorter timing")
     parser.add_argument("--json", metavar="FILE", help="write every figure to FILE ('-': to standard output)")
     parser.add_argument("--picture", metavar="FILE", help="draw the figures (.png, .svg, .pdf)")
     options = parser.parse_args(argv)
@@ -83,7 +83,7 @@ def render(title: str, part: Table) -> str:
 
 
 def wide_rows(title: str, outcomes: Sequence[Outcome]) -> Iterator[dict[str, Any]]:
-    """Our time; then rates in GOPS: ours, the limits', the peers'."""
+    """Return our time, then rates in GOPS: ours, the limits', the peers'."""
     names = list(dict.fromkeys(n for outcome in outcomes for n in outcome.names(*PEERS)))
     kinds = [kind for kind in ("limit", "read", "plain read") if any(o.best(kind) for o in outcomes)]
     for outcome in outcomes:
@@ -101,7 +101,7 @@ def wide_rows(title: str, outcomes: Sequence[Outcome]) -> Iterator[dict[str, Any
 
 
 def long_rows(title: str, part: Table) -> Iterator[dict[str, Any]]:
-    """A line a contender."""
+    """Return a line a contender."""
     for outcome in part.outcomes:
         for contender in outcome.case.contenders:
             timing = outcome.timings[contender.name]
@@ -137,7 +137,7 @@ def without_overrides() -> None:
     """Start again without what the environment forces on OpenBLAS, which NumPy's product would be measured with."""
     forced = [name for name in bench.BLAS_OVERRIDES if name in os.environ]
     if forced:
-        print(f"unset for this run, since it forces kernels on OpenBLAS: {', '.join(forced)}", file=sys.stderr, flush=True)
+        print(f"unset, since it forces kernels on OpenBLAS: {', '.join(forced)}", file=sys.stderr, flush=True)
         environment = {name: value for name, value in os.environ.items() if name not in forced}
         os.execve(sys.executable, [sys.executable, "-m", "benchmarks", *sys.argv[1:]], environment)
 

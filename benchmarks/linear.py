@@ -18,25 +18,21 @@ from benchmarks import peers
 from qnative import _core
 from qnative.bench import (
     Case,
-    Contender,
     Problem,
     WrongResult,
     compute_limits,
     last_level_cache,
-    numpy_float32,
+    linear_case,
     ours,
     read_limits,
     rotate,
+    title,
+    words,
 )
 from tests import reference
 
 INT8 = qn.QuantConfig.int8_per_channel()
 Shape = tuple[int, int, int]
-
-
-def title(shape: Shape) -> str:
-    """Return "m,k,n"."""
-    return ",".join(map(str, shape))
 
 
 def clock(threads: int) -> Callable[[], float]:
@@ -45,27 +41,15 @@ def clock(threads: int) -> Callable[[], float]:
 
 
 def int8_case(shape: Shape, threads: int = 1) -> Case:
-    """One row of the int8 table: the layer and all that it is compared with."""
-    problem = Problem.random(*shape)
-    layer = qn.QuantizedLinear.from_float(problem.weight, problem.bias, INT8)
-    contenders = [
-        ours(layer, problem, threads=threads),
-        *compute_limits("integer", threads),
-        numpy_float32(problem, threads),
-        *peers.contenders(peers.Quantized.of(problem), threads),
-    ]
-    if shape[0] == 1 and threads == 1:
-        contenders += read_limits(words(layer.nbytes), problem.operations)
-    # Weights that do not fit the L2 cache come to lie in the next one after several passes only.
-    turn = 5e-3 if shape[0] == 1 and layer.nbytes > 1 << 20 else Case.sample
-    return Case(
-        title(shape), partial(check, [layer], problem), contenders, shape, threads, clock(threads),
-        sample=turn, warm=turn if turn > Case.sample else Case.warm,
+    """Return a row of the int8 table: the layer and all that it is compared with."""
+    return linear_case(
+        shape, INT8, threads=threads, check=check,
+        peers=lambda problem: peers.contenders(peers.Quantized.of(problem), threads),
     )  # fmt: skip
 
 
 def cold_case(shape: Shape) -> Case:
-    """The layer on weights that come from memory: each call is that of another layer, of four caches' worth of them."""
+    """Return a row whose weights come from memory: each call is another layer's, of four caches' worth of them."""
     problem = Problem.random(*shape)
     layer = qn.QuantizedLinear.from_float(problem.weight, problem.bias, INT8)
     count = max(2, -(-4 * last_level_cache() // layer.nbytes))
@@ -80,37 +64,28 @@ def cold_case(shape: Shape) -> Case:
         *read_limits(words(layer.nbytes * count, count), problem.operations, pieces=count),
     ]
     return Case(
-        f"{title(shape)} of {count} layers", partial(check, layers[:1], problem), contenders, shape,
+        f"{title(shape)} of {count} layers", partial(check, layer, problem), contenders, shape,
         sample=1e-2, warm=1e-2,
     )  # fmt: skip
 
 
 def isa_case(shape: Shape) -> Case:
-    """Every vector kernel that this CPU can run, forced, and the limit of exact products by AVX2."""
+    """Return every vector kernel that this CPU can run, forced, and the limit of exact products by AVX2."""
     problem = Problem.random(*shape)
     layer = qn.QuantizedLinear.from_float(problem.weight, problem.bias, INT8)
     names = [name for name, usable in _core.isas().items() if usable and name != "scalar"]
     contenders = [ours(layer, problem, name=name, isa=name) for name in names]
     return Case(
-        title(shape), partial(check, [layer], problem, names), [*contenders, *compute_limits("avx2")], shape
+        title(shape), partial(check, layer, problem, names), [*contenders, *compute_limits("avx2")], shape
     )  # fmt: skip
 
 
-def other_case(shape: Shape, config: qn.QuantConfig) -> Case:
-    """One row of another format's table: the layer, the limit of its products, and NumPy."""
-    problem = Problem.random(*shape)
-    layer = qn.QuantizedLinear.from_float(problem.weight, problem.bias, config)
-    limits = compute_limits("float32" if config.info.is_float else "integer")
-    contenders = [ours(layer, problem), *limits, numpy_float32(problem)]
-    return Case(title(shape), partial(check, [layer], problem), contenders, shape)
-
-
 def threads_case(shape: Shape, threads: int) -> Case:
-    """One layer on one thread and on several, by turns."""
+    """Return one layer on one thread and on several, by turns."""
     problem = Problem.random(*shape)
     layer = qn.QuantizedLinear.from_float(problem.weight, problem.bias, INT8)
     contenders = [ours(layer, problem, name=thread_name(count), threads=count) for count in (1, threads)]
-    return Case(title(shape), partial(check, [layer], problem), contenders, shape, threads, clock(threads))
+    return Case(title(shape), partial(check, layer, problem), contenders, shape, threads, clock(threads))
 
 
 def thread_name(count: int) -> str:
@@ -119,24 +94,19 @@ def thread_name(count: int) -> str:
 
 
 def flat_case(shapes: Sequence[Shape]) -> Case:
-    """Layers of several shapes in one race: is the rate the same?"""
+    """Return layers of several shapes in one race, to see whether the rate is the same."""
     problems = [Problem.random(*shape) for shape in shapes]
     layers = [qn.QuantizedLinear.from_float(p.weight, p.bias, INT8) for p in problems]
     contenders = [ours(layer, p, name=title(p.shape)) for layer, p in zip(layers, problems, strict=True)]
 
     def check_all() -> None:
         for layer, problem in zip(layers, problems, strict=True):
-            check([layer], problem)
+            check(layer, problem)
 
     return Case("shapes", check_all, contenders)
 
 
-def words(size: int, pieces: int = 1) -> NDArray[np.uint8]:
-    """Return a buffer of ones of about that size, whole words in each of its pieces."""
-    return np.ones(-(-size // (8 * pieces)) * 8 * pieces, np.uint8)
-
-
-def check(layers: Sequence[qn.QuantizedLinear], problem: Problem, isas: Sequence[str | None] = (None,)) -> None:
+def check(layer: qn.QuantizedLinear, problem: Problem, isas: Sequence[str | None] = (None,)) -> None:
     """Compare bits with the NumPy reference on a few of the rows of a whole call (it is slow), and kernels on all rows.
 
     Raises
@@ -144,20 +114,19 @@ def check(layers: Sequence[qn.QuantizedLinear], problem: Problem, isas: Sequence
     WrongResult
         If a bit differs.
     """
-    for layer in layers:
-        first: NDArray[np.float32] | None = None
-        rows, expected = reference_rows(layer, problem)
-        for isa in isas:
-            out = problem.output()
-            layer._forward(problem.x, out, isa)
-            what = f"{layer!r} on {problem.shape}, kernel {isa or qn.isa()}"
-            try:
-                reference.assert_same_bits(out[rows], expected, f"{what}, rows {rows.tolist()}")
-                if first is not None:
-                    reference.assert_same_bits(out, first, f"{what} and {isas[0]}")
-            except AssertionError as error:
-                raise WrongResult(str(error)) from None
-            first = out
+    first: NDArray[np.float32] | None = None
+    rows, expected = reference_rows(layer, problem)
+    for isa in isas:
+        out = problem.output()
+        layer._forward(problem.x, out, isa)
+        what = f"{layer!r} on {problem.shape}, kernel {isa or qn.isa()}"
+        try:
+            reference.assert_same_bits(out[rows], expected, f"{what}, rows {rows.tolist()}")
+            if first is not None:
+                reference.assert_same_bits(out, first, f"{what}, and kernel {isas[0]}")
+        except AssertionError as error:
+            raise WrongResult(str(error)) from None
+        first = out
 
 
 def reference_rows(layer: qn.QuantizedLinear, problem: Problem) -> tuple[NDArray[np.intp], NDArray[np.float32]]:

@@ -17,28 +17,39 @@ import numpy as np
 import qnative as qn
 from benchmarks import linear
 from qnative import _core
-from qnative.bench import OURS, Case, Contender, Problem, compute_limits, read_limits, set_layer_threads
+from qnative.bench import (
+    OURS,
+    Case,
+    Contender,
+    Problem,
+    compute_limits,
+    read_limits,
+    set_layer_threads,
+    title,
+    words,
+)
 
 
 def nothing_to_check() -> None:
-    """Loops show by what they return that they ran; tests/test_limits.py compares it."""
+    """Do nothing: what loops return shows that they ran, and tests/test_bench.py compares it."""
 
 
 def limits_case(threads: int = 1) -> Case:
-    """How fast this machine multiplies and adds."""
+    """Return how fast this machine multiplies and adds."""
     kinds = ("integer", "avx2", "float32")
     contenders = {c.name: c for kind in kinds for c in compute_limits(kind, threads)}
-    return Case("multiply-adds", nothing_to_check, list(contenders.values()), threads=threads, clock=linear.clock(threads))
+    clock = linear.clock(threads)
+    return Case("multiply-adds", nothing_to_check, list(contenders.values()), threads=threads, clock=clock)
 
 
 def read_case(name: str, size: int) -> Case:
-    """How fast it reads a buffer that has been read before; operations are bytes."""
-    data = linear.words(size)
+    """Return how fast it reads a buffer that has been read before; operations are bytes."""
+    data = words(size)
     return Case(name, nothing_to_check, read_limits(data, float(data.nbytes)), sample=5e-3, warm=5e-3)
 
 
 def callers_case(shape: linear.Shape, threads: int, callers: tuple[int, int]) -> Case:
-    """The same calls of one layer made by few Python threads and by many at once."""
+    """Return the same calls of one layer, made by few Python threads and by many at once."""
     problem = Problem.random(*shape)
     layer = qn.QuantizedLinear.from_float(problem.weight, problem.bias, linear.INT8)
     each = 40  # calls of each of the many callers: waking them is a small part
@@ -50,8 +61,8 @@ def callers_case(shape: linear.Shape, threads: int, callers: tuple[int, int]) ->
         )
         for count in callers
     ]  # fmt: skip
-    check = partial(linear.check, [layer], problem)
-    return Case(linear.title(shape), check, contenders, shape, threads, time.perf_counter)
+    check = partial(linear.check, layer, problem)
+    return Case(title(shape), check, contenders, shape, threads, time.perf_counter)
 
 
 def callers_name(count: int) -> str:
@@ -75,17 +86,16 @@ def _crowd(layer: qn.QuantizedLinear, problem: Problem, callers: int, calls: int
 
 
 def packing_case(k: int, n: int) -> Case:
-    """Make a layer from float32 weights, and merely read them; operations are weights."""
+    """Return making a layer from float32 weights, and merely reading them; operations are weights."""
     problem = Problem.random(1, k, n)
     weight, bias = problem.weight, problem.bias
-    made = linear.INT8
 
     def check() -> None:
-        linear.check([qn.QuantizedLinear.from_float(weight, bias, made)], problem)
+        linear.check(qn.QuantizedLinear.from_float(weight, bias, linear.INT8), problem)
 
     operations = float(weight.size)
     contenders = [
-        Contender(OURS, lambda: qn.QuantizedLinear.from_float(weight, bias, made), operations, "ours"),
+        Contender(OURS, lambda: qn.QuantizedLinear.from_float(weight, bias, linear.INT8), operations, "ours"),
         Contender("plain loop", partial(_core.read_float32, weight.reshape(-1)), operations, "plain read"),
         *read_limits(weight.reshape(-1).view(np.uint8), operations),
     ]
@@ -93,7 +103,7 @@ def packing_case(k: int, n: int) -> Case:
 
 
 def import_case() -> Case:
-    """Import numpy in a new interpreter; qnative too; the class of its layer too; the CPU time of that."""
+    """Return importing numpy in a new interpreter; qnative too; the class of its layer too."""
     contenders = [
         Contender(code, partial(subprocess.run, [sys.executable, "-c", code], check=True), 1.0, "import")
         for code in ("import numpy", "import numpy, qnative", "import numpy; from qnative import QuantizedLinear")
@@ -102,7 +112,7 @@ def import_case() -> Case:
 
 
 def _children_seconds() -> float:
-    """CPU time of the processes that were waited for."""
+    """Return the CPU time of the processes that were waited for."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 

@@ -154,7 +154,7 @@ def _torch() -> Any:
 def onnxruntime_dynamic(quantized: Quantized, threads: int) -> Call:
     """ONNX Runtime's DynamicQuantizeMatMul: what its optimiser makes of DynamicQuantizeLinear and MatMulInteger."""
     problem = quantized.problem
-    constants = {
+    constants: dict[str, NDArray[Any]] = {
         "w": np.ascontiguousarray(quantized.weight.T),
         "s": quantized.weight_scale,
         "z": np.zeros(len(problem.bias), np.int8),
@@ -193,7 +193,7 @@ def _session(
     options.inter_op_num_threads = 1
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     binding = session.io_binding()
-    out = np.zeros(shape, out_dtype)
+    out: NDArray[Any] = np.zeros(shape, out_dtype)
     binding.bind_ortvalue_input("x", onnxruntime.OrtValue.ortvalue_from_numpy(x))
     binding.bind_ortvalue_output("y", onnxruntime.OrtValue.ortvalue_from_numpy(out))
 

@@ -7,7 +7,16 @@ from dataclasses import dataclass, field
 
 import qnative as qn
 from benchmarks import linear, other, targets
-from qnative.bench import Case, Outcome, cpus_available, last_level_cache, race, threads_available
+from qnative.bench import (
+    Case,
+    Outcome,
+    cpus_available,
+    last_level_cache,
+    linear_case,
+    race,
+    threads_available,
+    title,
+)
 
 #: The rows of the int8 table: (m, k, n).
 SHAPES: tuple[linear.Shape, ...] = (
@@ -32,7 +41,7 @@ K, N = 768, 3072
 
 @dataclass(frozen=True)
 class Table:
-    """Outcomes that belong together, what was asked of them, and the unit of 1e9 operations a second, if it says anything."""
+    """Outcomes that belong together, what was asked of them, and the unit of 1e9 operations a second (if there is)."""
 
     title: str
     outcomes: list[Outcome]
@@ -54,7 +63,7 @@ def several() -> int:
 
 
 def limits(short: bool) -> Iterator[Table]:
-    """The machine: multiply-adds on registers, reads from each level of the memory."""
+    """Time the machine: multiply-adds on registers, reads from each level of the memory."""
     seconds = 0.2 if short else 1.0
     cases = [other.limits_case()] + ([other.limits_case(2)] if cpus_available() > 1 and not short else [])
     yield Table("operations", timed(cases, seconds))
@@ -91,7 +100,7 @@ def int8_verdicts(outcomes: list[Outcome], cold: list[Outcome]) -> list[targets.
 
 
 def rows(short: bool) -> Iterator[Table]:
-    """The int8 layer of 768 inputs and 3072 outputs at any number of rows: the picture's curve."""
+    """Time the int8 layer of 768 inputs and 3072 outputs at many numbers of rows: the picture's curve."""
     counts = ROWS[::3] if short else ROWS
     yield Table("rows", timed((linear.int8_case((m, K, N)) for m in counts), 0.2 if short else 1.0))
 
@@ -117,7 +126,7 @@ def flat(short: bool) -> Iterator[Table]:
     """S8: the same rate for large matrices as for small, for any number of rows from 128 on."""
     small, large = ((512, 512, 512), (1024, 1024, 1024)) if short else ((1024, 1024, 1024), (4096, 4096, 4096))
     (outcome,) = timed([linear.flat_case((small, large))], 0.3 if short else 4.0)
-    yield Table("sizes", [outcome], [*targets.of_size(outcome, linear.title(small), linear.title(large))])
+    yield Table("sizes", [outcome], [*targets.of_size(outcome, title(small), title(large))])
     counts = FLAT_ROWS[:3] if short else FLAT_ROWS
     (outcome,) = timed([linear.flat_case([(m, K, N) for m in counts])], 0.3 if short else 3.0, 9)
     yield Table("rows", [outcome], [*targets.of_rows(outcome)])
@@ -137,17 +146,17 @@ def packing(short: bool) -> Iterator[Table]:
 
 
 def int4(short: bool) -> Iterator[Table]:
-    """The int4 layer, a scale for each 32 weights."""
+    """Time the int4 layer, a scale for each 32 weights."""
     yield _format(qn.QuantConfig.int4_per_group(32).asymmetric(), short)
 
 
 def fp8(short: bool) -> Iterator[Table]:
-    """The float8 layer, a scale for each channel."""
+    """Time the float8 layer, a scale for each channel."""
     yield _format(qn.QuantConfig.fp8().per_channel(), short)
 
 
 def _format(config: qn.QuantConfig, short: bool) -> Table:
-    cases = (linear.other_case(shape, config) for shape in (SHORT_SHAPES if short else SHAPES))
+    cases = (linear_case(shape, config, check=linear.check) for shape in (SHORT_SHAPES if short else SHAPES))
     return Table("one thread", timed(cases, 0.3 if short else 1.5))
 
 

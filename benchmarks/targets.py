@@ -159,7 +159,8 @@ def of_rows(outcome: Outcome) -> Iterator[Verdict]:
     """S8: time linear in M, so the rates of all M are within 5% of each other."""
     names = [c.name for c in outcome.case.contenders]
     slowest, fastest = min(names, key=outcome.rate), max(names, key=outcome.rate)
-    yield Verdict("S8", f"rate of {slowest} to that of {fastest}, of all M tried", 0.95, outcome.ratio(slowest, fastest))
+    what = f"rate of {slowest} to that of {fastest}, of all M tried"
+    yield Verdict("S8", what, 0.95, outcome.ratio(slowest, fastest))
 
 
 def of_import(outcome: Outcome) -> Iterator[Verdict]:

@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qnative import _core
+from qnative.config import QuantConfig
 from qnative.linear import QuantizedLinear
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "cpu_name",
     "cpus_available",
     "last_level_cache",
+    "linear_case",
     "machine",
     "numpy_float32",
     "ours",
@@ -55,6 +57,8 @@ __all__ = [
     "set_layer_threads",
     "settle",
     "threads_available",
+    "title",
+    "words",
 ]
 
 #: The name under which qnative itself runs.
@@ -360,6 +364,59 @@ def numpy_float32(problem: Problem, threads: int = 1) -> Contender:
         return np.add(out, problem.bias, out=out)
 
     return Contender("NumPy float32", run, problem.operations, "float32", partial(set_blas_threads, threads))
+
+
+def linear_case(
+    shape: tuple[int, int, int], config: QuantConfig, *, threads: int = 1,
+    check: Callable[[QuantizedLinear, Problem], object] | None = None,
+    peers: Callable[[Problem], Iterable[Contender]] = lambda problem: (),
+) -> Case:  # fmt: skip
+    """Make the case of one layer: dynamic activations, float32 in and out, against the limits and NumPy's product.
+
+    Parameters
+    ----------
+    shape : (int, int, int)
+        (m, k, n).
+    config : QuantConfig
+        Of the weights.
+    threads : int
+        How many each contender may use.
+    check : callable, optional
+        What raises `WrongResult` for a wrong layer; `check_layer` by default.
+    peers : callable, optional
+        Gives further contenders.
+
+    Returns
+    -------
+    Case
+    """
+    problem = Problem.random(*shape)
+    layer = QuantizedLinear.from_float(problem.weight, problem.bias, config)
+    contenders = [
+        ours(layer, problem, threads=threads),
+        *compute_limits("float32" if config.info.is_float else "integer", threads),
+        numpy_float32(problem, threads),
+        *peers(problem),
+    ]
+    if shape[0] == 1 and threads == 1:
+        contenders += read_limits(words(layer.nbytes), problem.operations)
+    # Weights larger than the L2 cache take several passes until they lie in the next one.
+    large = shape[0] == 1 and layer.nbytes > _caches().get("L2", 1 << 20)
+    return Case(
+        title(shape), partial(check or check_layer, layer, problem), contenders, shape, threads,
+        time.process_time if threads == 1 else time.perf_counter,
+        sample=5 * SAMPLE if large else SAMPLE, warm=5 * SAMPLE if large else SAMPLE / 4,
+    )  # fmt: skip
+
+
+def title(shape: Sequence[int]) -> str:
+    """Return "m,k,n"."""
+    return ",".join(map(str, shape))
+
+
+def words(size: int, pieces: int = 1) -> NDArray[np.uint8]:
+    """Return a buffer of ones of about that size, whole 64-bit words in each of its pieces."""
+    return np.ones(-(-size // (8 * pieces)) * 8 * pieces, np.uint8)
 
 
 def rotate(contenders: Sequence[Contender]) -> Contender:

@@ -159,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command("info", _info, "show the version, the CPU, the kernels and the threads")
 
-    bench = command("bench", _bench, "time quantized layers against the machine's limits and NumPy's float32 product", working)
+    bench = command("bench", _bench, "time a layer against the machine's limits and NumPy's float32 product", working)
     bench.add_argument("--shape", action="append", metavar="M,K,N", help="rows, inputs, outputs (may be repeated)")
     bench.add_argument("--dtype", default="int8", choices=["int8", "int4", "fp8"], help="of weights (default: int8)")
     bench.add_argument("--seconds", type=float, default=0.3, metavar="S", help="a shape and contender (default: 0.3)")
@@ -426,8 +426,13 @@ _SHAPES = ((1, 384, 384), (32, 384, 1536), (128, 768, 3072))
 
 def _bench(options: Any) -> tuple[str, Any]:
     from qnative import bench
+    from qnative.config import QuantConfig
     from qnative.report import table
 
+    config = {
+        "int8": QuantConfig.int8_per_channel(), "int4": QuantConfig.int4_per_group(32),
+        "fp8": QuantConfig.fp8().per_channel(),
+    }[options.dtype]  # fmt: skip
     shapes = [_shape(text) for text in options.shape] if options.shape else list(_SHAPES)
     if not 0.0 < options.seconds <= 60.0:
         raise _UsageError(f"--seconds {options.seconds} must be above 0 and at most 60")
@@ -436,12 +441,12 @@ def _bench(options: Any) -> tuple[str, Any]:
     with _Bar(options.progress) as bar:
         for i, shape in enumerate(shapes):
             bar(i, len(shapes), "x".join(map(str, shape)))
-            case = _bench_case(shape, options.dtype)
+            case = bench.linear_case(shape, config)
             outcomes.append(bench.race(case, options.seconds * len(case.contenders)))
     rows = [_bench_row(outcome) for outcome in outcomes]
     machine = bench.machine()
     lines = [
-        f"{options.dtype} weights, dynamic activations, float32 in and out, bias; kernel {machine['kernel']}, one thread",
+        f"{options.dtype} weights, dynamic activations, float32 in and out; kernel {machine['kernel']}, one thread",
         f"NumPy: its float32 product, {machine['blas'] or 'an unknown BLAS'}, "
         + ("one thread" if held else "threads as the environment sets them (threadpoolctl is not installed)"),
         "limit: multiply-adds on registers alone; read: a loop that only reads the weights; all by turns in one run",
@@ -462,31 +467,6 @@ def _shape(text: str) -> tuple[int, int, int]:
     if min(m, k, n) < 1 or max(m * k, k * n, m * n) > 1 << 28:
         raise _UsageError(f"--shape {text!r}: sizes must be at least 1, and no matrix larger than 2^28 elements")
     return m, k, n
-
-
-def _bench_case(shape: tuple[int, int, int], dtype: str) -> Any:
-    from functools import partial
-
-    import numpy as np
-
-    from qnative import bench
-    from qnative.config import QuantConfig
-    from qnative.linear import QuantizedLinear
-
-    config = {
-        "int8": QuantConfig.int8_per_channel(), "int4": QuantConfig.int4_per_group(32),
-        "fp8": QuantConfig.fp8().per_channel(),
-    }[dtype]  # fmt: skip
-    problem = bench.Problem.random(*shape)
-    layer = QuantizedLinear.from_float(problem.weight, problem.bias, config)
-    contenders = [
-        bench.ours(layer, problem), bench.numpy_float32(problem),
-        *bench.compute_limits("float32" if config.info.is_float else "integer"),
-    ]  # fmt: skip
-    if shape[0] == 1:
-        contenders += bench.read_limits(np.ones(-(-layer.nbytes // 8) * 8, np.uint8), problem.operations)
-    name = ",".join(map(str, shape))
-    return bench.Case(name, partial(bench.check_layer, layer, problem), contenders, shape)
 
 
 def _bench_row(outcome: Any) -> dict[str, Any]:
