@@ -64,7 +64,7 @@ def cold_case(shape: Shape) -> Case:
         *read_limits(words(layer.nbytes * count, count), problem.operations, pieces=count),
     ]
     return Case(
-        f"{title(shape)} of {count} layers", partial(check, layer, problem), contenders, shape,
+        f"{title(shape)} from memory", partial(check, layer, problem), contenders, shape,
         sample=1e-2, warm=1e-2,
     )  # fmt: skip
 

@@ -15,9 +15,8 @@ import math
 import os
 import platform
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -237,6 +236,11 @@ def race(case: Case, seconds: float, least: int = 5) -> Outcome:
         By the case's check, before anything is timed.
     """
     case.check()
+    with _threads_kept():
+        return _race(case, seconds, least)
+
+
+def _race(case: Case, seconds: float, least: int) -> Outcome:
     settle()
     repeats: dict[str, int] = {}
     warmups: dict[str, int] = {}
@@ -538,20 +542,15 @@ def cpus_available() -> int:
 
 def threads_available() -> int:
     """Return how many threads a layer's call can use at most."""
-    return cpus_available() if _set_num_threads() else 1
+    return cpus_available() if hasattr(_core, "set_num_threads") else 1
 
 
 def set_layer_threads(count: int) -> None:
     """Set how many threads a layer's call uses."""
-    setter = _set_num_threads()
-    if setter is not None:
-        setter(count)
+    if hasattr(_core, "set_num_threads"):
+        _core.set_num_threads(count)
     elif count != 1:
         raise RuntimeError(f"this build of qnative has no thread pool; a call cannot use {count} threads")
-
-
-def _set_num_threads() -> Callable[[int], object] | None:
-    return getattr(sys.modules["qnative"], "set_num_threads", None)
 
 
 def set_blas_threads(count: int) -> bool:
@@ -569,6 +568,17 @@ def _blas() -> Any:
     except ImportError:
         return None
     return ThreadpoolController().select(user_api="blas")
+
+
+@contextlib.contextmanager
+def _threads_kept() -> Iterator[None]:
+    """Set the thread counts back to what they were."""
+    layer = _core.get_num_threads() if hasattr(_core, "get_num_threads") else 1
+    with _blas().limit(limits=None) if _blas() else contextlib.nullcontext():
+        try:
+            yield
+        finally:
+            set_layer_threads(layer)
 
 
 # The machine

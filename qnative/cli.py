@@ -437,7 +437,6 @@ def _bench(options: Any) -> tuple[str, Any]:
     if not 0.0 < options.seconds <= 60.0:
         raise _UsageError(f"--seconds {options.seconds} must be above 0 and at most 60")
     outcomes = []
-    held = bench.set_blas_threads(1)
     with _Bar(options.progress) as bar:
         for i, shape in enumerate(shapes):
             bar(i, len(shapes), "x".join(map(str, shape)))
@@ -448,12 +447,14 @@ def _bench(options: Any) -> tuple[str, Any]:
     lines = [
         f"{options.dtype} weights, dynamic activations, float32 in and out; kernel {machine['kernel']}, one thread",
         f"NumPy: its float32 product, {machine['blas'] or 'an unknown BLAS'}, "
-        + ("one thread" if held else "threads as the environment sets them (threadpoolctl is not installed)"),
+        + (
+            "one thread" if machine["blas"] else "threads as the environment sets them (threadpoolctl is not installed)"
+        ),
         "limit: multiply-adds on registers alone; read: a loop that only reads the weights; all by turns in one run",
         *(f"{name}={value} is set, which changes NumPy's speed" for name, value in machine["blas_overrides"].items()),
     ]
     document = {
-        "dtype": options.dtype, "machine": machine, "numpy_on_one_thread": held,
+        "dtype": options.dtype, "machine": machine,
         "shapes": [row | {"case": o.to_dict()} for row, o in zip(rows, outcomes, strict=True)],
     }  # fmt: skip
     return "\n".join([*lines, "", table(rows)]), document
