@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from benchmarks import peers
+from benchmarks import peers, suites
 from benchmarks.suites import SUITES, Table
 from benchmarks.targets import Verdict, label
 from qnative import bench
@@ -35,6 +35,8 @@ def main(argv: list[str] | None = None) -> int:
     # With --json - standard output holds JSON alone.
     out = sys.stderr if options.json == "-" else sys.stdout
     about = bench.machine() | {"versions": peers.versions()}
+    about["threads"] = suites.several()
+    about["cpus_obtained"] = bench.cpus_obtained(about["threads"])
     print(heading(about), file=out, flush=True)
     found: list[tuple[str, Table]] = []
     try:
@@ -69,9 +71,11 @@ def heading(about: dict[str, Any]) -> str:
     caches = ", ".join(f"{level} {size >> 10} KiB" for level, size in about["caches"].items())
     return (
         f"{about['cpu']}, {about['cpus_available']} cores, {caches}\n"
-        f"qnative's kernel {about['kernel']}, at most {about['threads_available']} threads; "
-        f"NumPy {about['numpy']} with {about['blas'] or 'an unknown BLAS'}; {versions}\n"
-        "Medians of turns in one run. One thread: CPU time. Several: time on the wall."
+        f"qnative's kernel {about['kernel']}; NumPy {about['numpy']} with {about['blas'] or 'an unknown BLAS'}\n"
+        f"{versions}\n"
+        "Medians of turns in one run. One thread: CPU time. Several: time on the wall.\n"
+        f"Threads measured: {about['threads']}, which got the time of {about['cpus_obtained']:.2f} CPUs just now"
+        + (": others are running here." if about["cpus_obtained"] < 0.9 * about["threads"] else ".")
     )
 
 

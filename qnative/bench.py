@@ -44,6 +44,7 @@ __all__ = [
     "compute_limits",
     "cpu_name",
     "cpus_available",
+    "cpus_obtained",
     "last_level_cache",
     "linear_case",
     "machine",
@@ -538,6 +539,15 @@ def _read_loop(loop: str, data: NDArray[np.uint8], ahead: int, passes: int, oper
 def cpus_available() -> int:
     """Return how many CPUs this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpus_obtained(threads: int, seconds: float = 0.1) -> float:
+    """Return how many CPUs' time so many busy threads of this process get: fewer than they are where others run."""
+    (contender,) = compute_limits("float32", threads)[:1]
+    used, start = time.process_time(), time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        contender.run()
+    return (time.process_time() - used) / (time.perf_counter() - start)
 
 
 def threads_available() -> int:

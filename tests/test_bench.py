@@ -134,6 +134,20 @@ def test_thread_counts_are_set_back(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set_to == [5, 2, 2, 2, 5]
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_cpu_time_of_busy_threads_is_counted(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = wall = 0.0
+
+    def run(name: str, iterations: int) -> int:
+        nonlocal used, wall
+        used, wall = used + 0.75, wall + 1 / threads
+        return 1
+
+    monkeypatch.setattr(_core, "run_compute_loop", run)
+    monkeypatch.setattr(bench, "time", types.SimpleNamespace(process_time=lambda: used, perf_counter=lambda: wall))
+    assert bench.cpus_obtained(threads, 5.0) == pytest.approx(0.75 * threads)
+
+
 # Checks
 
 
@@ -472,7 +486,7 @@ def test_document_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     document = json.loads(target.read_text(encoding="utf-8"))
     assert set(document) == {"machine", "short", "results", "targets"} and document["short"] is True
     about = document["machine"]
-    assert about["kernel"] == qn.isa() and about["cpus_available"] >= 1 and isinstance(about["versions"], dict)
+    assert about["kernel"] == qn.isa() and about["cpus_obtained"] > 0 and isinstance(about["versions"], dict)
     assert [(r["suite"], r["title"]) for r in document["results"]] == [
         ("int8", "one thread"), ("rows", "one thread"), ("odd", "kernels"), ("odd", "packing"),
     ]  # fmt: skip
