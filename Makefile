@@ -17,13 +17,14 @@ EXTRA = import sys, tomllib; \
     print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"][sys.argv[1]], sep="\n")
 
 .NOTPARALLEL:
-.PHONY: help demo test exhaustive bench lint warnings wheel clean
+.PHONY: help demo test exhaustive bench bench-peers lint warnings wheel clean
 
 help:
 	@echo "make demo      quantize a real sentence encoder, print how it does, draw a picture"
 	@echo "make test      run the tests                  (ARGS= goes to pytest)"
 	@echo "make exhaustive the sweeps that take minutes: all 2^32 float32 values, every bit of a file"
 	@echo "make bench     time the layers                (ARGS= goes to python -m benchmarks)"
+	@echo "make bench-peers the same against PyTorch, ONNX Runtime and NumKong, which it installs"
 	@echo "make lint      ruff and mypy"
 	@echo "make warnings  compile everything with C warnings as errors"
 	@echo "make wheel     build a source distribution, and from it a wheel, into dist/"
@@ -37,6 +38,8 @@ test: $(BUILT) $(VENV)/.stamp-test
 
 bench: $(BUILT) $(VENV)/.stamp-bench
 	$(BIN)/python -m benchmarks $(ARGS)
+
+bench-peers: $(VENV)/.stamp-bench-peers bench
 
 lint: $(BUILT) $(addprefix $(VENV)/.stamp-,lint demo test bench)
 	$(BIN)/ruff check $(PYTHON_CODE)
@@ -68,7 +71,7 @@ $(BUILT): $(SOURCES) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
-$(addprefix $(VENV)/.stamp-,demo test bench lint): $(VENV)/.stamp-%: pyproject.toml | $(BIN)/python
+$(addprefix $(VENV)/.stamp-,demo test bench bench-peers lint): $(VENV)/.stamp-%: pyproject.toml | $(BIN)/python
 	$(BIN)/python -c '$(EXTRA)' $* > $(VENV)/requirements-$*.txt
 	$(BIN)/python -m pip install --quiet --requirement $(VENV)/requirements-$*.txt
 	touch $@

@@ -68,6 +68,7 @@ setup(
             extension("elementwise"),
             extension("floats"),
             extension("linear", *C_SOURCES),
+            extension("limits", "csrc/qn_limits.c"),
             extension("qnative_threads", "csrc/qn_pool.c"),
         ],
         build_dir="build/cython",

@@ -160,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command("info", _info, "show the version, the CPU, the kernels and the threads")
 
-    bench = command("bench", _bench, "time quantized layers against NumPy's float32 product", working)
+    bench = command("bench", _bench, "time a layer against the machine's limits and NumPy's float32 product", working)
     bench.add_argument("--shape", action="append", metavar="M,K,N", help="rows, inputs, outputs (may be repeated)")
     bench.add_argument("--dtype", default="int8", choices=["int8", "int4", "fp8"], help="of weights (default: int8)")
     bench.add_argument("--seconds", type=float, default=0.3, metavar="S", help="a shape and contender (default: 0.3)")
@@ -392,7 +392,7 @@ def _info(options: Any) -> tuple[str, Any]:
 
     import numpy as np
 
-    from qnative import _core, cpus, threads
+    from qnative import _core, bench, cpus, threads
 
     version = str(sys.modules["qnative"].__version__)
     document = {
@@ -400,7 +400,7 @@ def _info(options: Any) -> tuple[str, Any]:
         "python": platform.python_version(),
         "numpy": np.__version__,
         "platform": platform.platform(),
-        "cpu": _cpu_name(),
+        "cpu": bench.cpu_name(),
         "features": _core.cpu_features(),
         "kernels": _core.isas(),
         "kernel_in_use": _core.isa(),
@@ -428,41 +428,43 @@ def _info(options: Any) -> tuple[str, Any]:
     return "\n".join(lines), document
 
 
-def _cpu_name() -> str:
-    import platform
-
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
 _SHAPES = ((1, 384, 384), (32, 384, 1536), (128, 768, 3072))
 
 
 def _bench(options: Any) -> tuple[str, Any]:
-    from qnative import _core
+    from qnative import bench
+    from qnative.config import QuantConfig
     from qnative.report import table
 
+    config = {
+        "int8": QuantConfig.int8_per_channel(), "int4": QuantConfig.int4_per_group(32),
+        "fp8": QuantConfig.fp8().per_channel(),
+    }[options.dtype]  # fmt: skip
     shapes = [_shape(text) for text in options.shape] if options.shape else list(_SHAPES)
     if not 0.0 < options.seconds <= 60.0:
         raise _UsageError(f"--seconds {options.seconds} must be above 0 and at most 60")
-    rows = []
-    with _one_thread() as numpy_threads, _Bar(options.progress) as bar:
+    outcomes = []
+    with _Bar(options.progress) as bar:
         for i, shape in enumerate(shapes):
             bar(i, len(shapes), "x".join(map(str, shape)))
-            rows.append(_bench_shape(shape, options.dtype, options.seconds))
-    columns = ["M", "K", "N", "qnative_us", "numpy_us", "ratio", "qnative_GOPS", "numpy_GOPS", "SQNR_dB"]
-    heading = (
-        f"{options.dtype} weights, dynamic activations, float32 in and out, bias; kernel {_core.isa()}, one thread;\n"
-        f"ratio: times faster than NumPy's float32 product in the same run, {numpy_threads}"
-    )
-    document = {"dtype": options.dtype, "kernel": _core.isa(), "numpy_threads": numpy_threads, "shapes": rows}
-    return f"{heading}\n\n{table(rows, columns)}", document
+            case = bench.linear_case(shape, config)
+            outcomes.append(bench.race(case, options.seconds * len(case.contenders)))
+    rows = [_bench_row(outcome) for outcome in outcomes]
+    machine = bench.machine()
+    lines = [
+        f"{options.dtype} weights, dynamic activations, float32 in and out; kernel {machine['kernel']}, one thread",
+        f"NumPy: its float32 product, {machine['blas'] or 'an unknown BLAS'}, "
+        + (
+            "one thread" if machine["blas"] else "threads as the environment sets them (threadpoolctl is not installed)"
+        ),
+        "limit: multiply-adds on registers alone; read: a loop that only reads the weights; all by turns in one run",
+        *(f"{name}={value} is set, which changes NumPy's speed" for name, value in machine["blas_overrides"].items()),
+    ]
+    document = {
+        "dtype": options.dtype, "machine": machine,
+        "shapes": [row | {"case": o.to_dict()} for row, o in zip(rows, outcomes, strict=True)],
+    }  # fmt: skip
+    return "\n".join([*lines, "", table(rows)]), document
 
 
 def _shape(text: str) -> tuple[int, int, int]:
@@ -475,84 +477,17 @@ def _shape(text: str) -> tuple[int, int, int]:
     return m, k, n
 
 
-@contextlib.contextmanager
-def _one_thread() -> Iterator[str]:
-    """Hold qnative and, where threadpoolctl is installed, NumPy's product to one thread; say what holds for NumPy."""
-    from qnative.threads import num_threads
+def _bench_row(outcome: Any) -> dict[str, Any]:
+    from qnative.bench import OURS
 
-    with contextlib.ExitStack() as held:
-        held.enter_context(num_threads(1))
-        try:
-            import threadpoolctl  # type: ignore[import-untyped]
-        except ImportError:
-            numpy_threads = "threads as the environment sets them (threadpoolctl is not installed)"
-        else:
-            held.enter_context(threadpoolctl.threadpool_limits(1))
-            numpy_threads = "one thread"
-        yield numpy_threads
-
-
-def _bench_shape(shape: tuple[int, int, int], dtype: str, seconds: float) -> dict[str, Any]:
-    import numpy as np
-
-    from qnative.config import QuantConfig
-    from qnative.elementwise import sqnr
-    from qnative.linear import QuantizedLinear
-
-    config = {
-        "int8": QuantConfig.int8_per_channel(), "int4": QuantConfig.int4_per_group(32),
-        "fp8": QuantConfig.fp8().per_channel(),
-    }[dtype]  # fmt: skip
-    m, k, n = shape
-    rng = np.random.default_rng(0)
-    weight = rng.standard_normal((n, k), np.float32)
-    bias = rng.standard_normal(n, np.float32)
-    x = rng.standard_normal((m, k), np.float32)
-    layer = QuantizedLinear.from_float(weight, bias, config)
-    transposed = weight.T
-    out, expected = np.empty((m, n), np.float32), np.empty((m, n), np.float32)
-
-    def ours() -> None:
-        layer(x, out=out)
-
-    def theirs() -> None:
-        np.matmul(x, transposed, out=expected)
-        np.add(expected, bias, out=expected)
-
-    out.fill(np.nan)
-    ours()
-    theirs()
-    quality = sqnr(expected, out)
-    least = {"int8": 30.0, "int4": 12.0, "fp8": 20.0}[dtype]
-    alone = layer(x[:1])
-    if not quality > least or not np.array_equal(alone, out[:1]):
-        raise RuntimeError(f"the layer of {m},{k},{n} is wrong ({quality:.1f} dB); nothing was timed, please report it")
-    times = _interleaved([ours, theirs], seconds)
-    work = 2e-9 * m * k * n
+    (numpy,), limit, read = outcome.names("float32"), outcome.best("limit"), outcome.best("read")
+    m, k, n = outcome.case.shape
     return {
-        "M": m, "K": k, "N": n, "qnative_us": times[0] * 1e6, "numpy_us": times[1] * 1e6, "ratio": times[1] / times[0],
-        "qnative_GOPS": work / times[0], "numpy_GOPS": work / times[1], "SQNR_dB": quality,
+        "M": m, "K": k, "N": n,
+        "qnative_us": outcome.seconds(OURS) * 1e6, "numpy_us": outcome.seconds(numpy) * 1e6,
+        "ratio": outcome.ratio(OURS, numpy),
+        "qnative_GOPS": outcome.rate(OURS) / 1e9, "numpy_GOPS": outcome.rate(numpy) / 1e9,
+        "limit_GOPS": outcome.rate(limit) / 1e9, "of_limit": outcome.ratio(OURS, limit),
+        "read_GOPS": outcome.rate(read) / 1e9 if read else None,
+        "of_read": outcome.ratio(OURS, read) if read else None,
     }  # fmt: skip
-
-
-def _interleaved(contenders: list[Callable[[], None]], seconds: float) -> list[float]:
-    """Time each contender in turns, for `seconds` each; the median of the turns, in seconds a call."""
-    import statistics
-    import time
-
-    clock = time.perf_counter
-    turns = 9
-    counts = []
-    for call in contenders:
-        call()
-        start = clock()
-        call()
-        counts.append(max(1, int(seconds / turns / max(clock() - start, 1e-7))))
-    samples: list[list[float]] = [[] for _ in contenders]
-    for _ in range(turns):
-        for call, count, sample in zip(contenders, counts, samples, strict=True):
-            start = clock()
-            for _ in range(count):
-                call()
-            sample.append((clock() - start) / count)
-    return [statistics.median(sample) for sample in samples]

@@ -41,7 +41,7 @@ HOUSE = [
     {"checkpoint"},
     {"model"},
     {"conversion"},
-    {"report"},
+    {"report", "bench"},
     {"cli"},
     {"__main__"},
 ]

@@ -9,6 +9,7 @@ elementwise   count_nonfinite min_max quantize dequantize fake_quantize quantize
               pack_nibbles unpack_nibbles squared_sums histogram_of_codes
 floats        encode encode8 decode8 decode_bfloat16
 linear        PackedLinear activate isa isas cpu_features row_ranges scratch_kept
+limits        compute_loops run_compute_loop read_loops run_read_loop read_float32
 threads       MAX_THREADS get_num_threads set_num_threads set_default_threads (compiled as qnative_threads)
 """
 
@@ -26,6 +27,7 @@ from qnative._core.elementwise import (
     unpack_nibbles,
 )
 from qnative._core.floats import decode8, decode_bfloat16, encode, encode8
+from qnative._core.limits import compute_loops, read_float32, read_loops, run_compute_loop, run_read_loop
 from qnative._core.linear import PackedLinear, activate, cpu_features, isa, isas, row_ranges, scratch_kept
 from qnative._core.qnative_threads import MAX_THREADS, get_num_threads, set_default_threads, set_num_threads
 
@@ -33,6 +35,7 @@ __all__ = [
     "MAX_THREADS",
     "PackedLinear",
     "activate",
+    "compute_loops",
     "count_nonfinite",
     "cpu_features",
     "decode8",
@@ -50,7 +53,11 @@ __all__ = [
     "pack_nibbles",
     "quantize",
     "quantize_float8",
+    "read_float32",
+    "read_loops",
     "row_ranges",
+    "run_compute_loop",
+    "run_read_loop",
     "scratch_kept",
     "set_default_threads",
     "set_num_threads",

@@ -13,6 +13,7 @@ __all__ = [
     "MAX_THREADS",
     "PackedLinear",
     "activate",
+    "compute_loops",
     "count_nonfinite",
     "cpu_features",
     "decode8",
@@ -30,7 +31,11 @@ __all__ = [
     "pack_nibbles",
     "quantize",
     "quantize_float8",
+    "read_float32",
+    "read_loops",
     "row_ranges",
+    "run_compute_loop",
+    "run_read_loop",
     "scratch_kept",
     "set_default_threads",
     "set_num_threads",
@@ -83,6 +88,11 @@ def decode_bfloat16(codes: NDArray[np.uint16], out: NDArray[np.float32]) -> None
 def isa() -> str: ...
 def isas() -> dict[str, bool]: ...
 def cpu_features() -> dict[str, bool]: ...
+def compute_loops() -> dict[str, bool]: ...
+def read_loops() -> dict[str, bool]: ...
+def run_compute_loop(name: str, iterations: int) -> int: ...
+def run_read_loop(name: str, data: NDArray[np.uint8], ahead: int = 0, passes: int = 1) -> int: ...
+def read_float32(x: NDArray[np.float32]) -> float: ...
 
 MAX_THREADS: int
 

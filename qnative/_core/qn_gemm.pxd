@@ -1,6 +1,6 @@
-"""The whole C surface, as csrc/qn_gemm.h declares it."""
+"""The whole C surface, as csrc/qn_gemm.h and csrc/qn_limits.h declare it."""
 
-from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t
+from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint64_t
 
 
 cdef extern from "qn_gemm.h" nogil:
@@ -120,3 +120,19 @@ cdef extern from "qn_scratch.h" nogil:
     int64_t qn_scratch_kept() noexcept
     uint8_t *qn_weights_allocate(int64_t bytes) noexcept
     void qn_weights_free(uint8_t *memory) noexcept
+
+
+cdef extern from "qn_limits.h" nogil:
+    ctypedef struct qn_compute_loop:
+        const char *name
+        const char *needs
+        uint64_t (*run)(int64_t iterations) noexcept nogil
+
+    ctypedef struct qn_read_loop:
+        const char *name
+        const char *needs
+        uint64_t (*run)(const uint8_t *data, int64_t bytes, int64_t ahead) noexcept nogil
+
+    const qn_compute_loop qn_compute_loops[]
+    const qn_read_loop qn_read_loops[]
+    float qn_read_float32(const float *x, int64_t n) noexcept
