@@ -75,7 +75,7 @@ def heading(about: dict[str, Any]) -> str:
         f"qnative's kernel {about['kernel']}; NumPy {about['numpy']} with {about['blas'] or 'an unknown BLAS'}\n"
         f"{versions}\n"
         "Medians of turns in one run. One thread: CPU time. Several: time on the wall.\n"
-        f"Layers on at most {about['threads']} threads; {wanted} busy threads got the time of {obtained:.2f} CPUs just now"
+        f"Layers on at most {about['threads']} threads; {wanted} busy ones got {obtained:.2f} CPUs' time just now"
         + (": others are running here" if obtained < 0.9 * wanted else "")
     )
 
