@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     out = sys.stderr if options.json == "-" else sys.stdout
     about = bench.machine() | {"versions": peers.versions()}
     about["threads"] = suites.several()
-    about["cpus_obtained"] = bench.cpus_obtained(about["threads"])
+    about["cpus_obtained"] = bench.cpus_obtained(min(about["cpus_available"], 2))
     print(heading(about), file=out, flush=True)
     found: list[tuple[str, Table]] = []
     try:
@@ -69,13 +69,14 @@ def heading(about: dict[str, Any]) -> str:
     """Return what figures depend on, in a few lines."""
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items()) or "no peers installed"
     caches = ", ".join(f"{level} {size >> 10} KiB" for level, size in about["caches"].items())
+    wanted, obtained = min(about["cpus_available"], 2), about["cpus_obtained"]
     return (
         f"{about['cpu']}, {about['cpus_available']} cores, {caches}\n"
         f"qnative's kernel {about['kernel']}; NumPy {about['numpy']} with {about['blas'] or 'an unknown BLAS'}\n"
         f"{versions}\n"
         "Medians of turns in one run. One thread: CPU time. Several: time on the wall.\n"
-        f"Threads measured: {about['threads']}, which got the time of {about['cpus_obtained']:.2f} CPUs just now"
-        + (": others are running here." if about["cpus_obtained"] < 0.9 * about["threads"] else ".")
+        f"Layers on at most {about['threads']} threads; {wanted} busy ones got {obtained:.2f} CPUs' time just now"
+        + (": others are running here" if obtained < 0.9 * wanted else "")
     )
 
 

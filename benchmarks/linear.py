@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,9 @@ import qnative as qn
 from benchmarks import peers
 from qnative import _core
 from qnative.bench import (
+    OURS,
     Case,
+    Contender,
     Problem,
     WrongResult,
     compute_limits,
@@ -26,6 +29,7 @@ from qnative.bench import (
     ours,
     read_limits,
     rotate,
+    set_layer_threads,
     title,
     words,
 )
@@ -104,6 +108,60 @@ def flat_case(shapes: Sequence[Shape]) -> Case:
             check(layer, problem)
 
     return Case("shapes", check_all, contenders)
+
+
+def callers_case(shape: Shape, threads: int, callers: tuple[int, int]) -> Case:
+    """Return the same calls of one layer, made by few Python threads and by many at once."""
+    problem = Problem.random(*shape)
+    layer = qn.QuantizedLinear.from_float(problem.weight, problem.bias, INT8)
+    each = 40  # calls of each of the many callers: waking them is a small part
+    calls = each * max(callers)
+    contenders = [
+        Contender(
+            callers_name(count), _crowd(layer, problem, count, calls // count), problem.operations * calls, "ours",
+            partial(set_layer_threads, threads),
+        )
+        for count in callers
+    ]  # fmt: skip
+    right = partial(check, layer, problem)
+    return Case(title(shape), right, contenders, shape, threads, time.perf_counter)
+
+
+def callers_name(count: int) -> str:
+    """Return how a contender of so many callers is called."""
+    return f"{count} callers"
+
+
+def _crowd(layer: qn.QuantizedLinear, problem: Problem, callers: int, calls: int) -> Callable[[], None]:
+    pool = ThreadPoolExecutor(callers)
+    outs = [problem.output() for _ in range(callers)]
+
+    def one(caller: int) -> None:
+        for _ in range(calls):
+            layer(problem.x, out=outs[caller])
+
+    def run() -> None:
+        for each in [pool.submit(one, caller) for caller in range(callers)]:
+            each.result()
+
+    return run
+
+
+def packing_case(k: int, n: int) -> Case:
+    """Return making a layer from float32 weights, and merely reading them; operations are weights."""
+    problem = Problem.random(1, k, n)
+    weight, bias = problem.weight, problem.bias
+
+    def check_made() -> None:
+        check(qn.QuantizedLinear.from_float(weight, bias, INT8), problem)
+
+    operations = float(weight.size)
+    contenders = [
+        Contender(OURS, lambda: qn.QuantizedLinear.from_float(weight, bias, INT8), operations, "ours"),
+        Contender("plain loop", partial(_core.read_float32, weight.reshape(-1)), operations, "plain read"),
+        *read_limits(weight.reshape(-1).view(np.uint8), operations),
+    ]
+    return Case(f"{k},{n}", check_made, contenders)
 
 
 def check(layer: qn.QuantizedLinear, problem: Problem, isas: Sequence[str | None] = (None,)) -> None:

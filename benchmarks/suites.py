@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import qnative as qn
-from benchmarks import linear, other, targets
+from benchmarks import install as installation
+from benchmarks import limits as machine
+from benchmarks import linear, targets
 from qnative.bench import (
     Case,
     Outcome,
@@ -65,12 +67,12 @@ def several() -> int:
 def limits(short: bool) -> Iterator[Table]:
     """Time the machine: multiply-adds on registers, reads from each level of the memory."""
     seconds = 0.2 if short else 1.0
-    cases = [other.limits_case()] + ([other.limits_case(2)] if cpus_available() > 1 and not short else [])
+    cases = [machine.limits_case()] + ([machine.limits_case(2)] if cpus_available() > 1 and not short else [])
     yield Table("operations", timed(cases, seconds))
     largest = 4 * last_level_cache()
     sizes = {"128 KiB": 128 << 10, "512 KiB": 512 << 10, "2 MiB": 2 << 20, "16 MiB": 16 << 20}
     sizes |= {} if short else {f"{largest >> 20} MiB": largest}
-    yield Table("reading", timed((other.read_case(name, size) for name, size in sizes.items()), seconds), unit="GB/s")
+    yield Table("reading", timed((machine.read_case(name, size) for name, size in sizes.items()), seconds), unit="GB/s")
 
 
 def int8(short: bool) -> Iterator[Table]:
@@ -118,7 +120,7 @@ def threads(short: bool) -> Iterator[Table]:
         return
     outcomes = timed((linear.threads_case(shape, 2) for shape in SHAPES), 0.2 if short else 1.5, 9)
     yield Table("threads", outcomes, [*targets.of_threads(outcomes)])
-    (outcome,) = timed([other.callers_case((8, K, N), 2, (2, 40))], 0.2 if short else 2.0)
+    (outcome,) = timed([linear.callers_case((8, K, N), 2, (2, 40))], 0.2 if short else 2.0)
     yield Table("callers at once", [outcome], [*targets.of_callers(outcome)])
 
 
@@ -134,14 +136,16 @@ def flat(short: bool) -> Iterator[Table]:
 
 def install(short: bool) -> Iterator[Table]:
     """S9: how long importing takes and how large the package is."""
-    (outcome,) = timed([other.import_case()], 0.0 if short else 3.0, 3 if short else 9)
-    yield Table("import", [outcome], [*targets.of_import(outcome), *targets.of_package(other.package_bytes())], "")
+    (outcome,) = timed([installation.import_case()], 0.0 if short else 3.0, 3 if short else 9)
+    yield Table(
+        "import", [outcome], [*targets.of_import(outcome), *targets.of_package(installation.package_bytes())], ""
+    )
 
 
 def packing(short: bool) -> Iterator[Table]:
     """S10: a layer made from float32 weights, against reading them."""
     size = 1024 if short else 4096
-    (outcome,) = timed([other.packing_case(size, size)], 0.3 if short else 3.0)
+    (outcome,) = timed([linear.packing_case(size, size)], 0.3 if short else 3.0)
     yield Table("packing", [outcome], [*targets.of_packing(outcome)], "G weights/s")
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 import qnative as qn
 from benchmarks import __main__ as command
-from benchmarks import linear, other, peers, picture, suites, targets
+from benchmarks import install, linear, peers, picture, suites, targets
 from qnative import _core, bench
 from qnative.bench import OURS, Case, Contender, Outcome, Problem, Timing, WrongResult
 
@@ -328,7 +328,7 @@ def test_cold_layers_do_not_share_weights(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_importing_is_timed_in_other_processes() -> None:
-    case = other.import_case()
+    case = install.import_case()
     before, here = case.clock(), set(sys.modules)
     case.contenders[1].run()
     assert case.clock() > before and set(sys.modules) == here
@@ -342,7 +342,7 @@ def test_package_size_is_that_of_what_is_installed(tmp_path: Path, monkeypatch: 
     for name, size in {**files, **others}.items():
         (tmp_path / name).write_bytes(bytes(size))
     monkeypatch.setattr(qn, "__file__", str(tmp_path / "__init__.py"))
-    assert other.package_bytes() == sum(files.values())
+    assert install.package_bytes() == sum(files.values())
 
 
 def test_callers_make_all_calls(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -355,7 +355,7 @@ def test_callers_make_all_calls(monkeypatch: pytest.MonkeyPatch) -> None:
             calls[threading.get_ident()] = calls.get(threading.get_ident(), 0) + 1
         return real(self, x, out, isa)
 
-    case = other.callers_case((2, 16, 16), 1, (2, 8))
+    case = linear.callers_case((2, 16, 16), 1, (2, 8))
     monkeypatch.setattr(qn.QuantizedLinear, "_forward", counted)
     totals = []
     for contender in case.contenders:
@@ -470,7 +470,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     def odd(short: bool) -> Iterator[suites.Table]:
         (found,) = suites.timed([linear.isa_case((3, 64, 48))], 0.0, 2)
         yield suites.Table("kernels", [found], [*targets.against_avx2([found])])
-        (found,) = suites.timed([other.packing_case(64, 48)], 0.0, 2)
+        (found,) = suites.timed([linear.packing_case(64, 48)], 0.0, 2)
         yield suites.Table("packing", [found], [*targets.of_packing(found)], "G weights/s")
 
     monkeypatch.setattr(command, "SUITES", {"int8": layers, "rows": layers, "odd": odd})
