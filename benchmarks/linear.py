@@ -176,7 +176,7 @@ def check(layer: qn.QuantizedLinear, problem: Problem, isas: Sequence[str | None
     rows, expected = reference_rows(layer, problem)
     for isa in isas:
         out = problem.output()
-        layer._forward(problem.x, out, isa)
+        layer(problem.x, out=out) if isa is None else layer._forward(problem.x, out, isa)
         what = f"{layer!r} on {problem.shape}, kernel {isa or qn.isa()}"
         try:
             reference.assert_same_bits(out[rows], expected, f"{what}, rows {rows.tolist()}")

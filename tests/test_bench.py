@@ -195,14 +195,14 @@ def test_kernels_that_differ_in_a_row_that_the_reference_skips_are_caught(
     linear.check(layer, large, ["scalar", None])
     rows, _ = linear.reference_rows(layer, large)
     (skipped, *_) = set(range(40)) - set(rows.tolist())
-    real = qn.QuantizedLinear._forward
+    real = qn.QuantizedLinear.__call__
 
-    def wrong(self: qn.QuantizedLinear, x: Any, out: Any = None, isa: str | None = None) -> Any:
-        y = real(self, x, out, isa)
-        y[skipped, 3] += isa is None
+    def wrong(self: qn.QuantizedLinear, x: Any, out: Any = None) -> Any:
+        y = real(self, x, out)
+        y[skipped, 3] += 1
         return y
 
-    monkeypatch.setattr(qn.QuantizedLinear, "_forward", wrong)
+    monkeypatch.setattr(qn.QuantizedLinear, "__call__", wrong)
     with pytest.raises(WrongResult, match="and kernel scalar"):
         linear.check(layer, large, ["scalar", None])
 
@@ -322,7 +322,7 @@ def test_cold_layers_do_not_share_weights(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(linear, "ours", lambda layer, problem: made.append(layer) or real(layer, problem))
     case = linear.cold_case((1, 64, 64))
     size = made[0].nbytes
-    assert len(made) == -(-4 * 4096 // size) >= 2 and len({id(layer._packed) for layer in made}) == len(made)
+    assert len(made) == -(-4 * 4096 // size) >= 2 and len({id(layer) for layer in made}) == len(made)
     case.check()
     assert {c.kind for c in case.contenders} >= {"ours", "read"}
 
@@ -348,15 +348,15 @@ def test_package_size_is_that_of_what_is_installed(tmp_path: Path, monkeypatch: 
 def test_callers_make_all_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: dict[int, int] = {}
     lock = threading.Lock()
-    real = qn.QuantizedLinear._forward
+    real = qn.QuantizedLinear.__call__
 
-    def counted(self: qn.QuantizedLinear, x: Any, out: Any = None, isa: str | None = None) -> Any:
+    def counted(self: qn.QuantizedLinear, x: Any, out: Any = None) -> Any:
         with lock:
             calls[threading.get_ident()] = calls.get(threading.get_ident(), 0) + 1
-        return real(self, x, out, isa)
+        return real(self, x, out)
 
     case = linear.callers_case((2, 16, 16), 1, (2, 8))
-    monkeypatch.setattr(qn.QuantizedLinear, "_forward", counted)
+    monkeypatch.setattr(qn.QuantizedLinear, "__call__", counted)
     totals = []
     for contender in case.contenders:
         calls.clear()
@@ -519,15 +519,15 @@ def test_json_to_standard_output_is_alone_there(capsys: pytest.CaptureFixture[st
 def test_a_wrong_result_ends_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = qn.QuantizedLinear._forward
+    real = qn.QuantizedLinear.__call__
     timed: list[str] = []
 
-    def wrong(self: qn.QuantizedLinear, x: Any, out: Any = None, isa: str | None = None) -> Any:
-        y = real(self, x, out, isa)
+    def wrong(self: qn.QuantizedLinear, x: Any, out: Any = None) -> Any:
+        y = real(self, x, out)
         y += 1
         return y
 
-    monkeypatch.setattr(qn.QuantizedLinear, "_forward", wrong)
+    monkeypatch.setattr(qn.QuantizedLinear, "__call__", wrong)
     monkeypatch.setattr(bench, "_race", lambda case, *_: timed.append(case.name))
     target = tmp_path / "b.json"
     assert command.main(["--json", str(target)]) == 1
