@@ -49,6 +49,7 @@ enum {
     QN_TILE_ROWS = 8,     /* no kernel's tile is larger than this */
     QN_TILE_PANELS = 3,
     QN_TILE_COLS = QN_TILE_PANELS * QN_NR,
+    QN_ANY_PANELS = 1 << 30,
     QN_TILE_VALUES = 8 * 48 /* rows * columns of a `layer_tile` at most, whatever its form */
 };
 
@@ -121,10 +122,11 @@ typedef struct {
     int32_t rate, float_rate;        /* multiply-adds a ns, roughly */
     int32_t rows, panels;            /* the largest tile */
     int32_t float_rows, float_panels;
-    /* The whole way of int8 weights with one group: product and epilogue of a tile while its sums are in registers. Of
-     * `count` rows it takes up to layer_panels[count] panels. Lines from `ahead` on, as many bytes as a panel has codes,
-     * will be needed next. May be NULL. */
-    int8_t layer_panels[QN_TILE_ROWS + 1];
+    /* The whole way of int8 weights with one group: product and epilogue of a tile while its sums are in registers. It takes
+     * up to layer_rows rows, and of count rows (or 8, if there are more) up to layer_panels[count] panels. Lines from `ahead`
+     * on, as many bytes as a panel has codes, will be needed next. May be NULL. */
+    int32_t layer_rows;
+    int32_t layer_panels[QN_TILE_ROWS + 1];
     void (*layer_tile)(const qn_call *c, const qn_rows *rows, int64_t row, int count, int64_t panel, int panels,
                        const uint8_t *ahead);
     /* Quantize rows->count rows of the call into rows->a, with scales, zero points and sums. */

@@ -37,45 +37,58 @@ QN_INLINE __m256i add_pairs(__m256i first_four, __m256i last_four) {
     return _mm256_permute4x64_epi64(_mm256_hadd_epi32(first_four, last_four), 0xD8);
 }
 
-/* sum += one k-step of R rows times eight columns. The instructions of a row are written out: 12 sums, the weights and
- * these two temporaries are all 16 registers, and compilers that order and assign them by themselves spill or move sums. */
-QN_INLINE void multiply_step(const int R, __m256i sum[][2], const uint8_t *a, int64_t a_stride, __m256i first_four,
+/* Addresses of a tile's rows: a[0] + (0..2) * stride and a[1] + (0..2) * stride, which x86 computes within the load. */
+typedef struct { const uint8_t *a[2]; int64_t stride; } row_pointers;
+
+/* sum += one k-step, `at` bytes on, of R rows times eight columns. The instructions of a row are written out: 12 sums, the
+ * weights and these two temporaries are all 16 registers, and compilers that order and assign them by themselves spill or
+ * move sums. */
+QN_INLINE void multiply_step(const int R, __m256i sum[][2], const row_pointers *rows, int at, __m256i first_four,
                              __m256i last_four) {
 #pragma GCC unroll 6
     for (int r = 0; r < R; r++) {
+        const uint8_t *step = rows->a[r / 3] + r % 3 * rows->stride + at;
         __m256i x, product;
         __asm__("vpbroadcastq %[step], %[x]\n\t" /* a row's k-step, four 16-bit codes, to every column */
                 "vpmaddwd %[first], %[x], %[product]\n\t"
-                "vpmaddwd %[last], %[x], %[x]\n\t"
                 "vpaddd %[product], %[sum0], %[sum0]\n\t"
+                "vpmaddwd %[last], %[x], %[x]\n\t"
                 "vpaddd %[x], %[sum1], %[sum1]"
                 : [sum0] "+x"(sum[r][0]), [sum1] "+x"(sum[r][1]), [x] "=&x"(x), [product] "=&x"(product)
-                : [step] "m"(*(const uint8_t(*)[8])(a + r * a_stride)), [first] "x"(first_four), [last] "x"(last_four));
+                : [step] "m"(*(const uint8_t(*)[8])step), [first] "x"(first_four), [last] "x"(last_four));
     }
 }
 
-/* The sums over k of R rows by half a panel (8 columns): 2 R accumulators. */
-QN_INLINE void multiply(const int R, const int int4, int64_t k, const uint8_t *a, int64_t a_stride, const uint8_t *b,
-                        VU out[][COLUMN_VECTORS]) {
+/* What a half panel's k-steps are read from: int8 or int4 codes in their panel, or int8 codes that are widened already. */
+typedef enum { BYTES, NIBBLES, WORDS } weight_form;
+
+/* The sums over k of R rows by half a panel (8 columns): 2 R accumulators. R and form are constants where this is inlined. */
+QN_INLINE void multiply(const int R, const weight_form form, int64_t k, const uint8_t *a, int64_t a_stride, const uint8_t *b,
+                        VU out[]) {
     __m256i sum[6][2];
     const __m128i low_nibble = _mm_set1_epi8(15);
 #pragma GCC unroll 6
     for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = _mm256_setzero_si256();
-    for (int64_t i = 0; i < k; i += int4 ? 8 : 4, b += 64) {
-        const uint8_t *step = a + i * QN_A_BYTES;
-        if (int4) {
+    row_pointers rows = {{a, a + 3 * a_stride}, a_stride};
+    __asm__("" : "+r"(rows.a[1])); /* kept, not computed anew */
+    for (const uint8_t *end = a + k * QN_A_BYTES; rows.a[0] < end; b += 64) {
+        if (form == NIBBLES) {
             __m128i first = _mm_loadu_si128((const __m128i *)b), last = _mm_loadu_si128((const __m128i *)(b + 16));
-            multiply_step(R, sum, step, a_stride, _mm256_cvtepu8_epi16(_mm_and_si128(first, low_nibble)),
+            multiply_step(R, sum, &rows, 0, _mm256_cvtepu8_epi16(_mm_and_si128(first, low_nibble)),
                           _mm256_cvtepu8_epi16(_mm_and_si128(last, low_nibble)));
-            multiply_step(R, sum, step + 4 * QN_A_BYTES, a_stride,
+            multiply_step(R, sum, &rows, 4 * QN_A_BYTES,
                           _mm256_cvtepu8_epi16(_mm_and_si128(_mm_srli_epi16(first, 4), low_nibble)),
                           _mm256_cvtepu8_epi16(_mm_and_si128(_mm_srli_epi16(last, 4), low_nibble)));
+        } else if (form == WORDS) {
+            multiply_step(R, sum, &rows, 0, _mm256_load_si256((const __m256i *)b), _mm256_load_si256((const __m256i *)b + 1));
         } else {
-            multiply_step(R, sum, step, a_stride, widen_signed(b), widen_signed(b + 16));
+            multiply_step(R, sum, &rows, 0, widen_signed(b), widen_signed(b + 16));
         }
+        rows.a[0] += (form == NIBBLES ? 8 : 4) * QN_A_BYTES;
+        rows.a[1] += (form == NIBBLES ? 8 : 4) * QN_A_BYTES;
     }
 #pragma GCC unroll 6
-    for (int r = 0; r < R; r++) out[r][0] = (VU)add_pairs(sum[r][0], sum[r][1]);
+    for (int r = 0; r < R; r++) out[r] = (VU)add_pairs(sum[r][0], sum[r][1]);
 }
 
 /* The sums over k of one row by a panel of int8: 4 accumulators for even k-steps and 4 for odd ones, so that none waits
@@ -97,13 +110,34 @@ QN_INLINE void multiply_row(int64_t k, const uint8_t *a, const uint8_t *b, VU ou
         out[0][h] = (VU)add_pairs(_mm256_add_epi32(sum[2 * h], sum[2 * h + 4]), _mm256_add_epi32(sum[2 * h + 1], sum[2 * h + 5]));
 }
 
-/* R rows by half a panel of int8 weights with one group, from codes to y. */
-QN_INLINE void layer_tile_fixed(const int R, const qn_call *c, const qn_rows *rows, int64_t row, int64_t column) {
-    const qn_weights *w = c->w;
-    const uint8_t *panel = w->data + column / QN_NR * w->panel_bytes, *a = rows->a + row * rows->a_stride;
-    VU sum[QN_TILE_ROWS][COLUMN_VECTORS];
-    multiply(R, 0, w->group_k, a, rows->a_stride, panel + w->codes_at + column % QN_NR * 4, sum);
-    finish_tile(R, 1, c, rows, row, column, sum);
+/* R rows by half a panel of int8 weights with one group: sums over a piece of k, added to `carried` [R] unless it is the
+ * first; the last piece goes on to y. */
+typedef struct { int64_t k; const uint8_t *a, *b; int first, last; } k_piece;
+
+QN_INLINE void layer_rows_fixed(const int R, const weight_form form, const qn_call *c, const qn_rows *rows, int64_t row,
+                                int64_t column, const k_piece *piece, VU carried[]) {
+    VU sum[QN_TILE_ROWS][COLUMN_VECTORS], part[6];
+    multiply(R, form, piece->k, piece->a, rows->a_stride, piece->b, part);
+#pragma GCC unroll 6
+    for (int r = 0; r < R; r++) sum[r][0] = piece->first ? part[r] : part[r] + carried[r];
+    if (piece->last) {
+        finish_tile(R, 1, c, rows, row, column, sum);
+    } else {
+#pragma GCC unroll 6
+        for (int r = 0; r < R; r++) carried[r] = sum[r][0];
+    }
+}
+
+QN_INLINE void layer_rows(const weight_form form, const qn_call *c, const qn_rows *rows, int64_t row, int count, int64_t column,
+                          const k_piece *piece, VU carried[]) {
+    switch (count) {
+    case 1: layer_rows_fixed(1, form, c, rows, row, column, piece, carried); break;
+    case 2: layer_rows_fixed(2, form, c, rows, row, column, piece, carried); break;
+    case 3: layer_rows_fixed(3, form, c, rows, row, column, piece, carried); break;
+    case 4: layer_rows_fixed(4, form, c, rows, row, column, piece, carried); break;
+    case 5: layer_rows_fixed(5, form, c, rows, row, column, piece, carried); break;
+    default: layer_rows_fixed(6, form, c, rows, row, column, piece, carried); break;
+    }
 }
 
 static void layer_row(const qn_call *c, const qn_rows *rows, int64_t row, int64_t panel) {
@@ -113,21 +147,52 @@ static void layer_row(const qn_call *c, const qn_rows *rows, int64_t row, int64_
     finish_tile(1, 2, c, rows, row, panel * QN_NR, sum);
 }
 
+enum {
+    TILE_ROWS = 6,
+    LAYER_ROWS = 16 * TILE_ROWS, /* that share the work of widening weights */
+    WIDENED_K = 1024            /* k of half a panel that is widened at a time: it stays in the L1 cache beside a tile's rows */
+};
+
+/* Many rows by half a panel: its codes are widened once for all of them, a piece of k at a time. */
+static void layer_half_panel(const qn_call *c, const qn_rows *rows, int64_t row, int count, int64_t column) {
+    const qn_weights *w = c->w;
+    const uint8_t *codes = w->data + column / QN_NR * w->panel_bytes + w->codes_at + column % QN_NR * QN_KR;
+    _Alignas(64) uint8_t words[WIDENED_K / QN_KR * 64];
+    VU carried[LAYER_ROWS];
+    int tiles = (count + TILE_ROWS - 1) / TILE_ROWS;
+    for (int64_t k0 = 0; k0 < w->group_k; k0 += WIDENED_K) {
+        k_piece piece = {.k = qn_min64(WIDENED_K, w->group_k - k0), .b = words, .first = k0 == 0, .last = k0 + WIDENED_K >= w->group_k};
+        for (int64_t i = 0; i < piece.k; i += QN_KR) {
+            const uint8_t *from = codes + (k0 + i) * QN_NR;
+            _mm256_store_si256((__m256i *)(words + i * 16), widen_signed(from));
+            _mm256_store_si256((__m256i *)(words + i * 16 + 32), widen_signed(from + 16));
+        }
+        for (int tile = 0, done = 0; tile < tiles; tile++) { /* tiles of nearly the same size */
+            int some = (count - done + tiles - tile - 1) / (tiles - tile);
+            piece.a = rows->a + (row + done) * rows->a_stride + k0 * QN_A_BYTES;
+            layer_rows(WORDS, c, rows, row + done, some, column, &piece, carried + done);
+            done += some;
+        }
+    }
+}
+
 static void layer_tile(const qn_call *c, const qn_rows *rows, int64_t row, int count, int64_t panel, int panels,
                        const uint8_t *ahead) {
+    const qn_weights *w = c->w;
     (void)ahead;
-    for (int64_t column = panel * QN_NR; column < (panel + panels) * QN_NR; column += QN_NR / 2) {
-        if (column >= c->w->n) break;
-        switch (count) {
-        case 1:
-            layer_row(c, rows, row, column / QN_NR);
-            column += QN_NR / 2;
-            break;
-        case 2: layer_tile_fixed(2, c, rows, row, column); break;
-        case 3: layer_tile_fixed(3, c, rows, row, column); break;
-        case 4: layer_tile_fixed(4, c, rows, row, column); break;
-        case 5: layer_tile_fixed(5, c, rows, row, column); break;
-        default: layer_tile_fixed(6, c, rows, row, column); break;
+    for (int64_t p = panel; p < panel + panels; p++) {
+        if (count == 1) {
+            layer_row(c, rows, row, p);
+            continue;
+        }
+        for (int64_t column = p * QN_NR; column < qn_min64((p + 1) * QN_NR, w->n); column += QN_NR / 2) {
+            if (count > TILE_ROWS) {
+                layer_half_panel(c, rows, row, count, column);
+                continue;
+            }
+            k_piece all = {.k = w->group_k, .a = rows->a + row * rows->a_stride, .first = 1, .last = 1,
+                           .b = w->data + p * w->panel_bytes + w->codes_at + column % QN_NR * QN_KR};
+            layer_rows(BYTES, c, rows, row, count, column, &all, 0);
         }
     }
 }
@@ -135,10 +200,10 @@ static void layer_tile(const qn_call *c, const qn_rows *rows, int64_t row, int c
 /* Sums of R rows by half a panel into acc. */
 QN_INLINE void half_tile(const int R, const int int4, int64_t k, const uint8_t *a, int64_t a_stride, const uint8_t *b,
                          int32_t *acc) {
-    VU sum[6][COLUMN_VECTORS];
-    multiply(R, int4, k, a, a_stride, b, sum);
+    VU sum[6];
+    multiply(R, int4 ? NIBBLES : BYTES, k, a, a_stride, b, sum);
 #pragma GCC unroll 6
-    for (int r = 0; r < R; r++) vu_store((uint32_t *)acc + r * QN_TILE_COLS, sum[r][0]);
+    for (int r = 0; r < R; r++) vu_store((uint32_t *)acc + r * QN_TILE_COLS, sum[r]);
 }
 
 QN_INLINE void tile(const int int4, int rows, int panels, int64_t k, const uint8_t *a, int64_t a_stride,
@@ -178,7 +243,8 @@ static void tile_int4(int rows, int panels, int64_t k, const uint8_t *a, int64_t
 static int usable(void) { return qn_cpu_features()->avx2 && qn_cpu_features()->fma; }
 
 const qn_kernel qn_kernel_avx2 = {
-    .name = "avx2", .layer_panels = {0, 3, 3, 3, 3, 3, 3}, .layer_tile = layer_tile, .usable = usable, .a_bytes = QN_A_BYTES, .rate = 75, .float_rate = 40, .rows = 6, .panels = 3, .float_rows = 6, .float_panels = 1,
+    .name = "avx2", .layer_rows = LAYER_ROWS, .layer_panels = {0, 3, 3, 3, 3, 3, 3, 3, 3},
+    .layer_tile = layer_tile, .usable = usable, .a_bytes = QN_A_BYTES, .rate = 75, .float_rate = 40, .rows = 6, .panels = 3, .float_rows = 6, .float_panels = 1,
     .quantize_rows = quantize_rows, .range = finite_range, .quantize_values = quantize_values, .tile_int8 = tile_int8, .tile_int4 = tile_int4, .tile_float = tile_float,
     .decode = decode, .epilogue = epilogue,
 };

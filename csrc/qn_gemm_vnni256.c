@@ -164,7 +164,7 @@ const qn_kernel KERNEL = {
     .name = "vnni256",
 #endif
     .usable = usable, .a_bytes = QN_A_BYTES, .rate = 200, .float_rate = 40, .rows = 6, .panels = 3, .float_rows = 6, .float_panels = 1,
-    .layer_panels = {0, 4, 2, 1, 1, 1, 1}, .layer_tile = layer_tile,
+    .layer_rows = 6, .layer_panels = {0, 4, 2, 1, 1, 1, 1}, .layer_tile = layer_tile,
     .quantize_rows = quantize_rows, .range = finite_range, .quantize_values = quantize_values, .tile_int8 = tile_int8, .tile_int4 = tile_int4, .tile_float = tile_float,
     .decode = decode, .epilogue = epilogue,
 };

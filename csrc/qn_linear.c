@@ -25,7 +25,8 @@ enum {
     BLOCK_ROWS = 256,
     FLOAT_BLOCK_ROWS = 256,  /* rows that share the work of decoding the weights */
     DECODED_K = 128,         /* k of decoded weights that stay in the L1 cache */
-    PIECES_A_THREAD = 8      /* of a block, so that whoever is late leaves little to wait for */
+    PIECES_A_THREAD = 8,     /* of a block, so that whoever is late leaves little to wait for */
+    PIECE_PANELS = 8         /* of a piece at least, where a tile takes any number */
 };
 
 /* Does the product run in float32: float activations, or float8 weights? */
@@ -153,14 +154,15 @@ static int goes_whole_way(const qn_kernel *kernel, const qn_call *c) {
     return kernel->layer_tile && c->w->format == QN_INT8 && c->w->groups == 1 && !c->wide && c->output != QN_OUTPUT_ACC32;
 }
 
-static partition tiles_of_rows(const qn_kernel *kernel, int64_t count) {
-    return cut_evenly(count, (count + kernel->rows - 1) / kernel->rows);
+static partition tiles_of_rows(const qn_kernel *kernel, const qn_call *c, int64_t count) {
+    int64_t most = goes_whole_way(kernel, c) ? kernel->layer_rows : kernel->rows;
+    return cut_evenly(count, (count + most - 1) / most);
 }
 
 /* Panels of a tile, when a block of `count` rows is cut into tiles. */
 static int64_t tile_panels(const qn_kernel *kernel, const qn_call *c, int64_t count) {
-    partition rows = tiles_of_rows(kernel, count);
-    return goes_whole_way(kernel, c) ? kernel->layer_panels[part_size(&rows, 0)] : kernel->panels;
+    partition rows = tiles_of_rows(kernel, c, count);
+    return goes_whole_way(kernel, c) ? kernel->layer_panels[qn_min64(part_size(&rows, 0), QN_TILE_ROWS)] : kernel->panels;
 }
 
 /* Rows of a block by panels [first, last). Tiles are of nearly the same size, as a small one is slow for its size. */
@@ -168,7 +170,7 @@ static void integer_block(const qn_kernel *kernel, const qn_call *c, const qn_ro
     const qn_weights *w = c->w;
     int whole = goes_whole_way(kernel, c);
     int64_t most = tile_panels(kernel, c, rows->count), panel = first;
-    partition row_tiles = tiles_of_rows(kernel, rows->count);
+    partition row_tiles = tiles_of_rows(kernel, c, rows->count);
     partition panel_tiles = cut_evenly(last - first, (last - first + most - 1) / most);
     for (int64_t p = 0; p < panel_tiles.parts; p++) {
         int panels = (int)part_size(&panel_tiles, p);
@@ -309,7 +311,7 @@ void qn_linear(const qn_kernel *kernel, const qn_call *c, uint8_t *scratch, int 
     int64_t tile = is_float(c) ? kernel->float_rows : kernel->rows, tiles = (j.block + tile - 1) / tile;
     int64_t wanted = threads > 1 ? threads * PIECES_A_THREAD : 1;
     /* Panels first: a piece of them is read by one core only. Rows are cut only where there are too few panels. */
-    int64_t panel_tile = is_float(c) ? kernel->float_panels : tile_panels(kernel, c, j.block);
+    int64_t panel_tile = is_float(c) ? kernel->float_panels : qn_min64(tile_panels(kernel, c, j.block), PIECE_PANELS);
     j.panels = cut_evenly(c->w->panels, qn_min64(wanted, (c->w->panels + panel_tile - 1) / panel_tile));
     j.rows = cut_evenly(j.block, qn_min64((wanted + j.panels.parts - 1) / j.panels.parts, tiles));
     j.quantize = cut_evenly(c->input == QN_INPUT_FLOAT ? 0 : j.block, qn_min64(wanted, tiles));
