@@ -155,8 +155,9 @@ static void pack_some(void *context, int thread) {
     int buffered = j->from->values || w->format == QN_INT4;
     uint64_t mode = qn_enter_default_mode();
     uint8_t *buffer = qn_scratch_take(buffered ? QN_NR * buffer_stride(w) : 1);
-    int64_t p;
-    while (buffer && (p = qn_atomic_add(&j->next, 1)) < w->panels) {
+    int64_t taken;
+    while (buffer && (taken = qn_atomic_add(&j->next, 1)) < w->panels) {
+        int64_t p = w->panels - 1 - taken; /* the last first: who has looked for ranges has just read them */
         int count = (int)qn_min64(QN_NR, w->n - p * QN_NR);
         pack_terms(w, p, j->from, count);
         const int8_t *codes = codes_of_panel(j->kernel, w, p, j->from, count, (int8_t *)buffer);

@@ -25,7 +25,7 @@ KERNELS = {
     "qn_gemm_avx2.c": {"layer_tile": 6, "tile_int8": 6, "tile_int4": 6, "tile_float": 6},
     "qn_gemm_avxvnni.c": {"layer_tile": 10, "tile_int8": 6, "tile_int4": 6, "tile_float": 6},
     "qn_gemm_vnni256.c": {"layer_tile": 10, "tile_int8": 6, "tile_int4": 6, "tile_float": 6},
-    "qn_gemm_vnni.c": {"layer_tile": 34, "tile_int8": 24, "tile_int4": 24, "tile_float": 24},
+    "qn_gemm_vnni.c": {"layer_tile": 28, "tile_int8": 24, "tile_int4": 24, "tile_float": 24},
 }
 FUNCTIONS = ("layer_tile", "tile_int8", "tile_int4", "tile_float")
 
