@@ -41,16 +41,17 @@ static inline int vf_far_from_tie(const VF x[4], float margin) {
     return far;
 }
 static inline VU vu_multiply(VU a, VU b) { return a * b; }
-static inline VU vu_store_codes(uint8_t *p, const VU q[4]) {
+static inline VU vu_store_codes(uint8_t *p, const VU q[4], int32_t z) {
     uint32_t total = 0;
     for (int j = 0; j < 4; j++) {
-        p[j] = (uint8_t)((int32_t)q[j] < 0 ? 0 : q[j] > 255 ? 255 : q[j]);
+        int32_t code = (int32_t)q[j] + z;
+        p[j] = (uint8_t)(code < 0 ? 0 : code > 255 ? 255 : code);
         total += p[j];
     }
     return total;
 }
-static inline void vu_store_bytes(uint8_t *p, const VU q[4], int32_t b) {
-    for (int j = 0; j < 4; j++) p[j] = (uint8_t)(q[j] + (uint32_t)b);
+static inline void vu_store_bytes(uint8_t *p, const VU q[4], int32_t z, int32_t b) {
+    for (int j = 0; j < 4; j++) p[j] = (uint8_t)(q[j] + (uint32_t)z + (uint32_t)b);
 }
 static inline VU vu_load_u8(const uint8_t *p) { return *p; }
 

@@ -52,16 +52,18 @@ static inline int vf_far_from_tie(const VF x[4], float margin) {
     return _mm512_cmplt_epu32_mask(most, _mm512_castps_si512(_mm512_set1_ps(0.5f - margin))) == 0xFFFF;
 }
 static inline VU vu_multiply(VU a, VU b) { return a * b; }
-static inline __m512i bytes_of(const VU q[4]) { /* beyond 0..255: the ends */
+static inline __m512i bytes_of(const VU q[4], int32_t z) { /* each plus z; beyond 0..255: the ends */
     __m512i first = _mm512_packs_epi32((__m512i)q[0], (__m512i)q[1]), last = _mm512_packs_epi32((__m512i)q[2], (__m512i)q[3]);
-    __m512i bytes = _mm512_packus_epi16(first, last); /* each 128 bits: four of each of the four vectors */
+    __m512i zero = _mm512_set1_epi16((short)z);
+    __m512i bytes = _mm512_packus_epi16(_mm512_add_epi16(first, zero), _mm512_add_epi16(last, zero));
+    /* each 128 bits hold four of each of the four vectors */
     return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), bytes);
 }
-static inline void vu_store_bytes(uint8_t *p, const VU q[4], int32_t b) {
-    _mm512_storeu_si512(p, _mm512_add_epi8(bytes_of(q), _mm512_set1_epi8((char)b)));
+static inline void vu_store_bytes(uint8_t *p, const VU q[4], int32_t z, int32_t b) {
+    _mm512_storeu_si512(p, _mm512_add_epi8(bytes_of(q, z), _mm512_set1_epi8((char)b)));
 }
-static inline VU vu_store_codes(uint8_t *p, const VU q[4]) {
-    __m512i codes = bytes_of(q);
+static inline VU vu_store_codes(uint8_t *p, const VU q[4], int32_t z) {
+    __m512i codes = bytes_of(q, z);
     _mm512_storeu_si512(p, codes);
     return (VU)_mm512_dpbusd_epi32(_mm512_setzero_si512(), codes, _mm512_set1_epi8(1));
 }

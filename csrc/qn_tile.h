@@ -17,9 +17,9 @@
  *   vf_far_from_tie(x, m)    1 if every lane of x[4] is at least m away from halfway between two integers; 0 where one is
  *                            NaN, either where one is an infinity
  *   vu_store_u8, vu_store_code   the low byte of each lane; an activation code in the kernel's width
- *   vu_store_codes(p, q)     four vectors of codes, in the kernel's width, those beyond 0..255 as its ends; gives their
- *                            sums, QN_W of them, each of any four codes
- *   vu_store_bytes(p, q, b)  four vectors of 0..255, each plus b, as bytes
+ *   vu_store_codes(p, q, z)  four vectors, each plus z, as codes in the kernel's width, those beyond 0..255 as its ends; gives
+ *                            their sums, QN_W of them, each of any four codes. The values fit 16 bits
+ *   vu_store_bytes(p, q, z, b)   four vectors, each plus z (which gives 0..255), as bytes to which b is added
  *   vu_multiply              the low 32 bits of products
  *   vu_load_u8               bytes, zero-extended
  *   QN_A_BYTES               bytes an activation code takes
@@ -165,24 +165,17 @@ static float valid_scale(float scale, float largest) {
 /* The scale, zero point and range of a row's codes, and whether entries of the row lie outside of that range. */
 typedef struct { float scale; int32_t zero, low, high, beyond; } row_params;
 
-static row_params params_of_row(const qn_call *c, const float *x) {
+/* Of a row whose range, with 0, is low..high; `finite`: all of it is. */
+static row_params params_of_range(const qn_call *c, float low, float high, int finite) {
     row_params p = {c->in_scale, c->in_zero, c->in_min, c->in_max, 1};
-    float low, high;
     if (c->input == QN_INPUT_DYNAMIC) {
-        p.beyond = !finite_range(x, c->w->k, &low, &high);
         float range = high - low;
         p.scale = valid_scale(range <= 0x1.fffffep127f ? range / 255.0f : high / 255.0f - low / 255.0f, high > -low ? high : -low);
         float zero = (0.0f - low) / p.scale;
-        p.zero = (int32_t)rintf(zero > 255.0f ? 255.0f : zero);
-        p.low = 0;
-        p.high = 255;
+        p = (row_params){p.scale, (int32_t)rintf(zero > 255.0f ? 255.0f : zero), 0, 255, !finite};
     } else if (c->input == QN_INPUT_DYNAMIC_SYMMETRIC) {
-        p.beyond = !finite_range(x, c->w->k, &low, &high);
         float largest = high > -low ? high : -low;
-        p.scale = valid_scale(largest / 127.0f, largest);
-        p.zero = 128;
-        p.low = 1;
-        p.high = 255;
+        p = (row_params){valid_scale(largest / 127.0f, largest), 128, 1, 255, !finite};
     }
     return p;
 }
@@ -194,16 +187,16 @@ static row_params params_of_row(const qn_call *c, const float *x) {
 /* Can 1 / scale stand for the division? Not where it is subnormal, and so inexact, or overflows. */
 static int has_reciprocal(float scale) { return scale >= 0x1p-126f && scale <= 0x1p126f; }
 
-/* Four vectors of clamp(rint(x / scale) + zero), for which multiplying by the reciprocal is enough nearly always: the
- * true division is only made where one of them comes near a tie, or is NaN. Unless `beyond`, no code lies outside of
- * low..high by more than the rounding of the zero point. */
-QN_INLINE void quantize_four(const VF x[4], VF scale, VF reciprocal, VF low, VF high, VU zero, const int beyond, VU q[4]) {
+/* Four vectors of clamp(rint(x / scale), low, high), for which multiplying by the reciprocal is enough nearly always: the
+ * true division is only made where one of them comes near a tie, or is NaN. Unless `beyond`, nothing lies outside of
+ * low..high by more than the rounding of the zero point, and is left there. */
+QN_INLINE void quantize_four(const VF x[4], VF scale, VF reciprocal, VF low, VF high, const int beyond, VU q[4]) {
     VF t[4];
     for (int j = 0; j < 4; j++) t[j] = x[j] * reciprocal;
     if (vf_far_from_tie(t, TIE_MARGIN)) {
-        for (int j = 0; j < 4; j++) q[j] = vu_from_rounded(beyond ? vf_min(vf_max(t[j], low), high) : t[j]) + zero;
+        for (int j = 0; j < 4; j++) q[j] = vu_from_rounded(beyond ? vf_min(vf_max(t[j], low), high) : t[j]);
     } else {
-        for (int j = 0; j < 4; j++) q[j] = quantize(x[j], scale, low, high, zero);
+        for (int j = 0; j < 4; j++) q[j] = quantize(x[j], scale, low, high, vu_splat(0));
     }
 }
 
@@ -218,8 +211,8 @@ QN_INLINE int32_t quantize_floats(const float *x, int64_t n, row_params p, const
             VF v[4];
             VU q[4];
             for (int j = 0; j < 4; j++) v[j] = vf_load(x + i + j * QN_W);
-            quantize_four(v, scale, reciprocal, low, high, zero, beyond, q);
-            sums += vu_store_codes(a + i * QN_A_BYTES, q);
+            quantize_four(v, scale, reciprocal, low, high, beyond, q);
+            sums += vu_store_codes(a + i * QN_A_BYTES, q, p.zero);
         }
     }
     for (; i + QN_W <= n; i += QN_W) {
@@ -303,9 +296,8 @@ static void quantize_float8(const float *x, int64_t n, float scale, qn_format fo
 
 static int takes_codes(const qn_call *c) { return c->input == QN_INPUT_INT8_CODES || c->input == QN_INPUT_UINT8_CODES; }
 
-static void quantize_row_integer(const qn_call *c, qn_rows *rows, int64_t i, const uint8_t *x, uint8_t *a) {
+static void quantize_row_integer(const qn_call *c, qn_rows *rows, int64_t i, row_params p, const uint8_t *x, uint8_t *a) {
     const qn_weights *w = c->w;
-    row_params p = params_of_row(c, (const float *)x);
     rows->scale[i] = p.scale;
     rows->zero[i] = p.zero;
     for (int64_t g = 0; g < w->groups; g++) {
@@ -335,14 +327,32 @@ static void quantize_row_float8(const qn_call *c, qn_rows *rows, int64_t i, cons
     quantize_float8((const float *)x, w->k, rows->scale[i], w->format, a);
 }
 
+enum { BATCH_ROWS = 16, BATCH_BYTES = 24 << 10 };
+
+/* Rows are looked at some at a time, as many as stay in the L1 cache: first the ranges of all of them, then their scales,
+ * then their codes. A row by itself would wait at every step for the one before. */
 static void quantize_rows(const qn_call *c, qn_rows *rows) {
-    for (int64_t i = 0; i < rows->count; i++) {
-        const uint8_t *x = (const uint8_t *)c->x + (rows->first + i) * c->x_stride;
-        uint8_t *a = rows->a + i * rows->a_stride;
-        if (c->w->format >= QN_FLOAT8_E4M3FN)
-            quantize_row_float8(c, rows, i, x, (float *)a);
-        else
-            quantize_row_integer(c, rows, i, x, a);
+    const uint8_t *x = (const uint8_t *)c->x + rows->first * c->x_stride;
+    int float8 = c->w->format >= QN_FLOAT8_E4M3FN, dynamic = c->input == QN_INPUT_DYNAMIC || c->input == QN_INPUT_DYNAMIC_SYMMETRIC;
+    int64_t batch = BATCH_BYTES / (c->w->k * 4 + 1);
+    batch = batch < 1 ? 1 : batch > BATCH_ROWS ? BATCH_ROWS : batch;
+    for (int64_t first = 0; first < rows->count; first += batch) {
+        int64_t count = rows->count - first < batch ? rows->count - first : batch;
+        float low[BATCH_ROWS], high[BATCH_ROWS];
+        int finite[BATCH_ROWS];
+        row_params p[BATCH_ROWS];
+        for (int64_t i = 0; i < count && dynamic && !float8; i++)
+            finite[i] = finite_range((const float *)(x + (first + i) * c->x_stride), c->w->k, low + i, high + i);
+        for (int64_t i = 0; i < count && !float8; i++)
+            p[i] = dynamic ? params_of_range(c, low[i], high[i], finite[i]) : params_of_range(c, 0, 0, 1);
+        for (int64_t i = 0; i < count; i++) {
+            int64_t row = first + i;
+            uint8_t *a = rows->a + row * rows->a_stride;
+            if (float8)
+                quantize_row_float8(c, rows, row, x + row * c->x_stride, (float *)a);
+            else
+                quantize_row_integer(c, rows, row, p[i], x + row * c->x_stride, a);
+        }
     }
 }
 
@@ -363,7 +373,7 @@ QN_INLINE void emit_floats(const float *values, int64_t columns, float *y, const
 QN_INLINE void emit_codes(const float *values, int64_t columns, float scale, int32_t zero, int32_t low, int32_t high, uint8_t *y,
                           const qn_activation activation) {
     VF s = vf_splat(scale), lowest = vf_splat((float)(low - zero)), highest = vf_splat((float)(high - zero));
-    VU z = vu_splat((uint32_t)zero), from_low = vu_splat((uint32_t)(zero - low));
+    VU z = vu_splat((uint32_t)zero);
     int64_t n = 0;
     if (has_reciprocal(scale)) {
         VF reciprocal = vf_splat(1.0f / scale);
@@ -371,8 +381,8 @@ QN_INLINE void emit_codes(const float *values, int64_t columns, float scale, int
             VF v[4];
             VU q[4];
             for (int j = 0; j < 4; j++) v[j] = activate(vf_load(values + n + j * QN_W), activation);
-            quantize_four(v, s, reciprocal, lowest, highest, from_low, 1, q);
-            vu_store_bytes(y + n, q, low);
+            quantize_four(v, s, reciprocal, lowest, highest, 1, q);
+            vu_store_bytes(y + n, q, zero - low, low);
         }
     }
     for (; n < columns; n += QN_W) {

@@ -52,21 +52,24 @@ static inline int vf_far_from_tie(const VF x[4], float margin) {
     __m256i limit = _mm256_castps_si256(_mm256_set1_ps(0.5f - margin));
     return _mm256_movemask_epi8(_mm256_cmpgt_epi32(limit, most)) == -1; /* both are positive as signed numbers */
 }
-static inline __m256i bytes_of(const VU q[4]) { /* beyond 0..255: the ends */
+static inline __m256i bytes_of(const VU q[4], int32_t z) { /* each plus z; beyond 0..255: the ends */
     __m256i first = _mm256_packs_epi32((__m256i)q[0], (__m256i)q[1]), last = _mm256_packs_epi32((__m256i)q[2], (__m256i)q[3]);
-    __m256i bytes = _mm256_packus_epi16(first, last); /* each 128 bits: four of each of the four vectors */
+    __m256i zero = _mm256_set1_epi16((short)z);
+    __m256i bytes = _mm256_packus_epi16(_mm256_add_epi16(first, zero), _mm256_add_epi16(last, zero));
+    /* each 128 bits hold four of each of the four vectors */
     return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
 }
-static inline void vu_store_bytes(uint8_t *p, const VU q[4], int32_t b) {
-    _mm256_storeu_si256((__m256i *)p, _mm256_add_epi8(bytes_of(q), _mm256_set1_epi8((char)b)));
+static inline void vu_store_bytes(uint8_t *p, const VU q[4], int32_t z, int32_t b) {
+    _mm256_storeu_si256((__m256i *)p, _mm256_add_epi8(bytes_of(q, z), _mm256_set1_epi8((char)b)));
 }
 #if QN_A_BYTES == 2
 static inline void vu_store_code(uint8_t *p, VU v) { _mm_storeu_si128((__m128i *)p, narrow_16(v)); }
-static inline VU vu_store_codes(uint8_t *p, const VU q[4]) {
-    __m256i sum = _mm256_setzero_si256(), ends = _mm256_set1_epi16(255);
+static inline VU vu_store_codes(uint8_t *p, const VU q[4], int32_t z) {
+    __m256i sum = _mm256_setzero_si256(), zero = _mm256_set1_epi16((short)z);
     for (int j = 0; j < 4; j += 2) {
-        __m256i codes = _mm256_packus_epi32((__m256i)q[j], (__m256i)q[j + 1]); /* negative ones become 0 */
-        codes = _mm256_min_epu16(_mm256_permute4x64_epi64(codes, 0xD8), ends);
+        __m256i codes = _mm256_packs_epi32((__m256i)q[j], (__m256i)q[j + 1]);
+        codes = _mm256_add_epi16(_mm256_permute4x64_epi64(codes, 0xD8), zero);
+        codes = _mm256_min_epi16(_mm256_max_epi16(codes, _mm256_setzero_si256()), _mm256_set1_epi16(255));
         _mm256_storeu_si256((__m256i *)(p + j * 16), codes);
         sum = _mm256_add_epi32(sum, _mm256_madd_epi16(codes, _mm256_set1_epi16(1)));
     }
@@ -74,8 +77,8 @@ static inline VU vu_store_codes(uint8_t *p, const VU q[4]) {
 }
 #else
 static inline void vu_store_code(uint8_t *p, VU v) { vu_store_u8(p, v); }
-static inline VU vu_store_codes(uint8_t *p, const VU q[4]) {
-    __m256i codes = bytes_of(q);
+static inline VU vu_store_codes(uint8_t *p, const VU q[4], int32_t z) {
+    __m256i codes = bytes_of(q, z);
     _mm256_storeu_si256((__m256i *)p, codes);
     __m256i pairs = _mm256_maddubs_epi16(codes, _mm256_set1_epi8(1));
     return (VU)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
