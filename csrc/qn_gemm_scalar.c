@@ -34,12 +34,6 @@ static inline VF vf_bits(VU v) { VF x; memcpy(&x, &v, 4); return x; }
 static inline VU vu_bits(VF x) { VU v; memcpy(&v, &x, 4); return v; }
 static inline void vu_store_u8(uint8_t *p, VU v) { *p = (uint8_t)v; }
 static inline void vu_store_code(uint8_t *p, VU v) { *p = (uint8_t)v; }
-static inline VU vu_from_rounded(VF x) { return (uint32_t)(int32_t)rintf(x); }
-static inline int vf_far_from_tie(const VF x[4], float margin) {
-    int far = 1;
-    for (int j = 0; j < 4; j++) far &= fabsf(x[j] - rintf(x[j])) < 0.5f - margin;
-    return far;
-}
 static inline VU vu_multiply(VU a, VU b) { return a * b; }
 static inline VU vu_store_codes(uint8_t *p, const VU q[4], int32_t z) {
     uint32_t total = 0;

@@ -44,13 +44,10 @@ static inline VF vf_bits(VU v) { return (VF)v; }
 static inline VU vu_bits(VF x) { return (VU)x; }
 static inline void vu_store_u8(uint8_t *p, VU v) { _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8((__m512i)v)); }
 static inline void vu_store_code(uint8_t *p, VU v) { vu_store_u8(p, v); }
+#define QN_FMA
+static inline VF vf_fma(VF a, VF b, VF c) { return _mm512_fmadd_ps(a, b, c); }
+static inline VF vf_fnma(VF a, VF b, VF c) { return _mm512_fnmadd_ps(a, b, c); }
 static inline VU vu_from_rounded(VF x) { return (VU)_mm512_cvtps_epi32(x); }
-static inline int vf_far_from_tie(const VF x[4], float margin) {
-    VU off[4]; /* bits of |x - rint(x)|, which rise with it; NaN is above all */
-    for (int j = 0; j < 4; j++) off[j] = (VU)_mm512_abs_ps(_mm512_reduce_ps(x[j], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-    __m512i most = (__m512i)vu_max(vu_max(off[0], off[1]), vu_max(off[2], off[3]));
-    return _mm512_cmplt_epu32_mask(most, _mm512_castps_si512(_mm512_set1_ps(0.5f - margin))) == 0xFFFF;
-}
 static inline VU vu_multiply(VU a, VU b) { return a * b; }
 static inline __m512i bytes_of(const VU q[4], int32_t z) { /* each plus z; beyond 0..255: the ends */
     __m512i first = _mm512_packs_epi32((__m512i)q[0], (__m512i)q[1]), last = _mm512_packs_epi32((__m512i)q[2], (__m512i)q[3]);

@@ -14,8 +14,7 @@
  *   vf_from_vu, vu_from_vf   convert int32 (its bits held as uint32) to float, and back (whole values only)
  *   vf_bits, vu_bits         the same bits, as float / as integer
  *   vu_from_rounded          convert to int32, rounding half to even
- *   vf_far_from_tie(x, m)    1 if every lane of x[4] is at least m away from halfway between two integers; 0 where one is
- *                            NaN, either where one is an infinity
+ *   QN_FMA; vf_fma(a, b, c) vf_fnma   defined where there are: a * b + c and c - a * b, rounded once
  *   vu_store_u8, vu_store_code   the low byte of each lane; an activation code in the kernel's width
  *   vu_store_codes(p, q, z)  four vectors, each plus z, as codes in the kernel's width, those beyond 0..255 as its ends; gives
  *                            their sums, QN_W of them, each of any four codes. The values fit 16 bits
@@ -180,24 +179,41 @@ static row_params params_of_range(const qn_call *c, float low, float high, int f
     return p;
 }
 
-/* How near to a tie x * (1 / scale) may come and still round as fl(x / scale) does: up to 512, beyond which every code is
- * at an end of its range, the two differ by less than 2^-13. */
-#define TIE_MARGIN 0x1p-13f
+/* Division by multiplication. With r = fl(1 / s), t = fl(x r) and e = fl(x - t s), q = fl(t + e r) is fl(x / s) but where
+ * x / s lies within 2^-45 of itself from the middle between two floats (the error of t + e r before it is rounded: e is
+ * (x / s - t) s but for a relative 2^-46 of x, r is 1 / s but for a relative 2^-24, and x / s - t is 2^-23 of x / s). A wrong q
+ * matters only where it rounds to another integer: beside a tie h = H / 2, H odd and below 2^9, at m = h +- half of h's last
+ * place. With x = X 2^c and s = S 2^b, X and S of 24 bits, x / s - m is D / S times a power of two, D = X 2^c' - (H 2^j +- 1) S
+ * with the product in 2^47..2^49, so c' >= 23 and j >= 16, and D is -+S modulo 2^16. Where S is at least 64 away from every
+ * multiple of 2^16, |D| is at least 64, and x / s at least 2^-43 of itself away from m: then the codes are those of the true
+ * division. Other scales (powers of two are the only ones that are not rare), and those where something might be subnormal
+ * or overflow, are divided by. */
+static int divides_by_multiplying(float scale) {
+#ifdef QN_FMA
+    uint32_t bits;
+    memcpy(&bits, &scale, 4);
+    return scale >= 0x1p-100f && scale <= 0x1p100f && (bits + 64) % 0x10000 >= 128;
+#else
+    (void)scale;
+    return 0;
+#endif
+}
 
-/* Can 1 / scale stand for the division? Not where it is subnormal, and so inexact, or overflows. */
-static int has_reciprocal(float scale) { return scale >= 0x1p-126f && scale <= 0x1p126f; }
-
-/* Four vectors of clamp(rint(x / scale), low, high), for which multiplying by the reciprocal is enough nearly always: the
- * true division is only made where one of them comes near a tie, or is NaN. Unless `beyond`, nothing lies outside of
- * low..high by more than the rounding of the zero point, and is left there. */
-QN_INLINE void quantize_four(const VF x[4], VF scale, VF reciprocal, VF low, VF high, const int beyond, VU q[4]) {
-    VF t[4];
-    for (int j = 0; j < 4; j++) t[j] = x[j] * reciprocal;
-    if (vf_far_from_tie(t, TIE_MARGIN)) {
-        for (int j = 0; j < 4; j++) q[j] = vu_from_rounded(beyond ? vf_min(vf_max(t[j], low), high) : t[j]);
-    } else {
-        for (int j = 0; j < 4; j++) q[j] = quantize(x[j], scale, low, high, vu_splat(0));
+/* clamp(rint(x / scale), low, high) where `scale` divides by multiplying. Unless `beyond`, x is finite and nothing lies
+ * outside of low..high by more than the rounding of the zero point, and is left there. */
+QN_INLINE VU quantize_by_reciprocal(VF x, VF scale, VF reciprocal, VF low, VF high, const int beyond) {
+#ifdef QN_FMA
+    if (beyond) { /* every code is within 512 of the zero point */
+        VF most = scale * vf_splat(512.0f);
+        x = vf_min(vf_max(vf_nan_to_zero(x), vf_splat(0.0f) - most), most);
     }
+    VF t = x * reciprocal;
+    VF q = vf_fma(vf_fnma(t, scale, x), reciprocal, t);
+    return vu_from_rounded(beyond ? vf_min(vf_max(q, low), high) : q);
+#else
+    (void)reciprocal, (void)beyond;
+    return quantize(x, scale, low, high, vu_splat(0));
+#endif
 }
 
 /* Quantize n floats into codes; returns the sum of the codes. */
@@ -205,13 +221,12 @@ QN_INLINE int32_t quantize_floats(const float *x, int64_t n, row_params p, const
     VF scale = vf_splat(p.scale), low = vf_splat((float)(p.low - p.zero)), high = vf_splat((float)(p.high - p.zero));
     VU zero = vu_splat((uint32_t)p.zero), sums = vu_splat(0);
     int64_t i = 0;
-    if (has_reciprocal(p.scale)) {
+    if (divides_by_multiplying(p.scale)) {
         VF reciprocal = vf_splat(1.0f / p.scale);
         for (; i + 4 * QN_W <= n; i += 4 * QN_W) {
-            VF v[4];
             VU q[4];
-            for (int j = 0; j < 4; j++) v[j] = vf_load(x + i + j * QN_W);
-            quantize_four(v, scale, reciprocal, low, high, beyond, q);
+            for (int j = 0; j < 4; j++)
+                q[j] = quantize_by_reciprocal(vf_load(x + i + j * QN_W), scale, reciprocal, low, high, beyond);
             sums += vu_store_codes(a + i * QN_A_BYTES, q, p.zero);
         }
     }
@@ -375,13 +390,13 @@ QN_INLINE void emit_codes(const float *values, int64_t columns, float scale, int
     VF s = vf_splat(scale), lowest = vf_splat((float)(low - zero)), highest = vf_splat((float)(high - zero));
     VU z = vu_splat((uint32_t)zero);
     int64_t n = 0;
-    if (has_reciprocal(scale)) {
+    if (divides_by_multiplying(scale)) {
         VF reciprocal = vf_splat(1.0f / scale);
         for (; n + 4 * QN_W <= columns; n += 4 * QN_W) {
-            VF v[4];
             VU q[4];
-            for (int j = 0; j < 4; j++) v[j] = activate(vf_load(values + n + j * QN_W), activation);
-            quantize_four(v, s, reciprocal, lowest, highest, 1, q);
+            for (int j = 0; j < 4; j++)
+                q[j] = quantize_by_reciprocal(activate(vf_load(values + n + j * QN_W), activation), s, reciprocal, lowest,
+                                              highest, 1);
             vu_store_bytes(y + n, q, zero - low, low);
         }
     }

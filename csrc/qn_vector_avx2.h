@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: BSD-3-Clause
  *
- * The verbs of qn_tile.h for vectors of 256 bits, for every instruction set that has AVX2. Define QN_A_BYTES, 1 or 2, and
+ * The verbs of qn_tile.h for vectors of 256 bits, for every instruction set that has AVX2 and FMA. Define QN_A_BYTES, 1 or 2, and
  * choose the target before including this.
  */
 #define QN_W 8
@@ -22,6 +22,9 @@ static inline VU vi_max(VU a, VU b) { return (VU)_mm256_max_epi32((__m256i)a, (_
 static inline VF vf_less(VF a, VF b, VF x, VF y) { return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
 static inline VF vf_nan_to_zero(VF x) { return _mm256_and_ps(x, _mm256_cmp_ps(x, x, _CMP_ORD_Q)); }
 static inline VF vf_from_vu(VU v) { return _mm256_cvtepi32_ps((__m256i)v); }
+#define QN_FMA
+static inline VF vf_fma(VF a, VF b, VF c) { return _mm256_fmadd_ps(a, b, c); }
+static inline VF vf_fnma(VF a, VF b, VF c) { return _mm256_fnmadd_ps(a, b, c); }
 static inline VU vu_from_rounded(VF x) { return (VU)_mm256_cvtps_epi32(x); }
 static inline VU vu_from_vf(VF x) { return (VU)_mm256_cvttps_epi32(x); }
 static inline VF vf_bits(VU v) { return (VF)v; }
@@ -45,13 +48,6 @@ static inline uint32_t vi_largest(VU v) {
     return vi_max(v, (VU)_mm256_shuffle_epi32((__m256i)v, 0xB1))[0];
 }
 static inline VU vu_multiply(VU a, VU b) { return (VU)_mm256_mullo_epi32((__m256i)a, (__m256i)b); }
-static inline int vf_far_from_tie(const VF x[4], float margin) {
-    VU off[4]; /* bits of |x - rint(x)|, which rise with it; NaN, as an infinity gives, is above all */
-    for (int j = 0; j < 4; j++) off[j] = (VU)vf_abs(x[j] - vf_rint(x[j]));
-    __m256i most = (__m256i)vu_max(vu_max(off[0], off[1]), vu_max(off[2], off[3]));
-    __m256i limit = _mm256_castps_si256(_mm256_set1_ps(0.5f - margin));
-    return _mm256_movemask_epi8(_mm256_cmpgt_epi32(limit, most)) == -1; /* both are positive as signed numbers */
-}
 static inline __m256i bytes_of(const VU q[4], int32_t z) { /* each plus z; beyond 0..255: the ends */
     __m256i first = _mm256_packs_epi32((__m256i)q[0], (__m256i)q[1]), last = _mm256_packs_epi32((__m256i)q[2], (__m256i)q[3]);
     __m256i zero = _mm256_set1_epi16((short)z);
