@@ -107,8 +107,8 @@ static void relax(void) {
 /* The core this thread runs on, or `unknown`. */
 static int this_core(int unknown) {
 #if defined(__linux__)
-    (void)unknown;
-    return sched_getcpu();
+    int core = sched_getcpu();
+    return core < 0 ? unknown : core;
 #else
     return unknown;
 #endif
