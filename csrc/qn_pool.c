@@ -46,6 +46,7 @@ enum {
     WATCH_NS = 50000, /* how long a thread watches for work, and a caller for the end of what others have begun */
     PIECE_NS = 10000, /* work that is worth a thread that watches */
     WAKE_NS = 60000,  /* work that is worth waking a thread for, even if no other call follows */
+    LONG_NS = 1000000000, /* an estimate beyond this is no better than this */
     STACK_BYTES = 1 << 20,   /* address space; a page becomes memory when it is touched */
     CALLS_UNTIL_RETRY = 1000 /* after the system has refused a thread */
 };
@@ -106,8 +107,8 @@ static void relax(void) {
 /* The core this thread runs on, or `unknown`. */
 static int this_core(int unknown) {
 #if defined(__linux__)
-    (void)unknown;
-    return sched_getcpu();
+    int core = sched_getcpu();
+    return core < 0 ? unknown : core;
 #else
     return unknown;
 #endif
@@ -276,8 +277,8 @@ void qn_pool_run(int threads, qn_task task, void *context) {
 int qn_pool_threads_for(int64_t work) {
     int most = qn_pool_limit();
     if (most <= 1 || work < 2 * PIECE_NS) return 1;
-    int64_t time = now();
-    bool hurried = time - atomic_exchange(&pool.last_expected, time + work) < WATCH_NS;
+    int64_t start = now(), end = start + (work < LONG_NS ? work : LONG_NS);
+    bool hurried = start - atomic_exchange(&pool.last_expected, end) < WATCH_NS;
     if (work < WAKE_NS && !hurried && atomic_load(&pool.watching) == 0) return 1;
     return work / PIECE_NS < most ? (int)(work / PIECE_NS) : most;
 }

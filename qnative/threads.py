@@ -187,8 +187,6 @@ def meet_threadpoolctl() -> None:
 def _register(threadpoolctl: Any) -> bool:
     """Register with this module, once. False when it cannot be done: it is too old, or half imported."""
     global _registered
-    if threadpoolctl is _registered:
-        return True
     if not (hasattr(threadpoolctl, "register") and hasattr(threadpoolctl, "threadpool_limits")):
         return False
 

@@ -22,7 +22,8 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="wants a compile
 
 
 def build(compiler: str, program: Path, *flags: str) -> None:
-    arguments = ["-std=gnu11", "-O2", *NUMERIC_FLAGS, f"-I{ROOT / 'csrc'}", *flags, *SOURCES, "-o", str(program), "-lm", "-pthread"]
+    flags = ("-std=gnu11", "-O2", "-pthread", *NUMERIC_FLAGS, *flags)
+    arguments = [*flags, f"-I{ROOT / 'csrc'}", *SOURCES, "-o", str(program), "-lm"]
     done = subprocess.run([compiler, *arguments], capture_output=True, text=True)
     assert done.returncode == 0, f"{compiler} {' '.join(arguments)}\n{done.stderr}"
 
