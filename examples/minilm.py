@@ -451,8 +451,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print the figures as JSON instead of a table")
     parser.add_argument("--picture", type=Path, default=Path("build/minilm.png"), metavar="PATH", help="(%(default)s)")
     options = parser.parse_args(argv)
-    # One thread for BLAS, as for qnative's kernels, unless the user has asked for another number.
-    with threadpool_limits(limits=int(os.environ.get("OPENBLAS_NUM_THREADS", "1")), user_api="blas"):
+    # As many threads for qnative's kernels as for BLAS: one, unless the user has asked for another number.
+    threads = int(os.environ.get("OPENBLAS_NUM_THREADS", "1"))
+    with qn.num_threads(threads), threadpool_limits(limits=threads, user_api="blas"):
         return run(options.short, options.json, options.picture)
 
 
@@ -499,7 +500,8 @@ def run(short: bool, as_json: bool, picture: Path) -> int:
         print(json.dumps(figures, indent=1))
     else:
         print(f"all-MiniLM-L6-v2, {len(sentences)} sentences; qnative {qn.__version__} ({qn.isa()})")
-        print(f"Times: batches of {BATCH} x {MAX_TOKENS} tokens, one thread, medians of {rounds} rounds in turns.\n")
+        threads = "one thread" if qn.get_num_threads() == 1 else f"{qn.get_num_threads()} threads"
+        print(f"Times: batches of {BATCH} x {MAX_TOKENS} tokens, {threads}, medians of {rounds} rounds in turns.\n")
         print(table(rows))
         print("\nThe rest of the time goes to what is NumPy in all of them: attention, LayerNorm, sums, look-ups.")
         own = (
