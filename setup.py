@@ -54,7 +54,13 @@ def extension(name: str, *sources: str) -> Extension:
 
 setup(
     ext_modules=cythonize(
-        [extension("elementwise"), extension("floats"), extension("linear", *C_SOURCES)],
+        [
+            extension("elementwise"),
+            extension("fake_quant"),
+            extension("floats"),
+            extension("levels"),
+            extension("linear", *C_SOURCES),
+        ],
         build_dir="build/cython",
         compiler_directives={
             "language_level": 3,

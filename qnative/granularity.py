@@ -24,7 +24,7 @@ class Granules(NamedTuple):
         Of the scales: ``()`` per tensor, ``(channels,)`` per channel, the array's with the axis divided per group.
     walk : tuple
         ``(outer, length, inner, block, per_outer, per_inner)``, as the native loops walk a C-contiguous array
-        (see ``_core/elementwise.pyx``).
+        (see ``_core/walk.pxd``).
     """
 
     shape: tuple[int, ...]

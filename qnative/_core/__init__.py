@@ -5,9 +5,11 @@ read-only, outputs are allocated by the caller and written in full. Sizes are ch
 and a wrong one raises ValueError; meaning (which dtype, which range, what message a user needs) is Python's.
 Long loops run without the GIL.
 
-elementwise   count_nonfinite min_max quantize dequantize fake_quantize quantize_float8 dequantize_float8
+elementwise   count_nonfinite min_max quantize dequantize quantize_float8 dequantize_float8
               pack_nibbles unpack_nibbles squared_sums histogram_of_codes
+fake_quant    fake_quantize fake_quantize_backward
 floats        encode encode8 decode8 decode_bfloat16
+levels        level levels use_level
 linear        PackedLinear activate isa isas cpu_features
 """
 
@@ -15,7 +17,6 @@ from qnative._core.elementwise import (
     count_nonfinite,
     dequantize,
     dequantize_float8,
-    fake_quantize,
     histogram_of_codes,
     min_max,
     pack_nibbles,
@@ -24,7 +25,9 @@ from qnative._core.elementwise import (
     squared_sums,
     unpack_nibbles,
 )
+from qnative._core.fake_quant import fake_quantize, fake_quantize_backward
 from qnative._core.floats import decode8, decode_bfloat16, encode, encode8
+from qnative._core.levels import level, levels, use_level
 from qnative._core.linear import PackedLinear, activate, cpu_features, isa, isas
 
 __all__ = [
@@ -39,13 +42,17 @@ __all__ = [
     "encode",
     "encode8",
     "fake_quantize",
+    "fake_quantize_backward",
     "histogram_of_codes",
     "isa",
     "isas",
+    "level",
+    "levels",
     "min_max",
     "pack_nibbles",
     "quantize",
     "quantize_float8",
     "squared_sums",
     "unpack_nibbles",
+    "use_level",
 ]

@@ -1,0 +1,69 @@
+"""One walk over an array for every granularity of the scales: shared by the loops of elementwise and fake_quant.
+
+A C-contiguous array is seen as [outer, length, inner]; along `length`, `block` consecutive indices share scales. A
+scale's index is
+    ((o if per_outer else 0) * blocks + l // block) * (inner if per_inner else 1) + (i if per_inner else 0)
+    per tensor   outer 1, length 1, inner n,  block 1              one scale
+    per channel  axis in the middle: block 1                       a scale each l
+                 axis last: length 1, inner n, per_inner           a scale each i, the same for every o
+    per group    block = group size, per_outer; per_inner when the axis is not the last
+`next_run` cuts the walk into runs of memory whose scale is constant, or advances by one each element.
+"""
+
+cdef extern from "Python.h":
+    const Py_ssize_t PY_SSIZE_T_MAX
+
+
+cdef struct Walk:
+    Py_ssize_t outer, length, inner, block, blocks
+    bint per_outer, per_inner
+    Py_ssize_t size, scales
+    # the run at hand
+    Py_ssize_t o, l
+    Py_ssize_t start, count, scale
+    Py_ssize_t step  # 0: one scale for the run; 1: a scale each element
+
+
+cdef inline Walk new_walk(tuple layout) except *:
+    cdef Walk w
+    w.outer, w.length, w.inner, w.block, w.per_outer, w.per_inner = layout
+    if w.outer < 0 or w.length < 0 or w.inner < 0 or not 1 <= w.block <= max(w.length, 1):
+        raise ValueError(f"not a layout: {layout}")
+    if layout[0] * layout[1] * layout[2] > PY_SSIZE_T_MAX:  # Python's integers: they do not wrap
+        raise ValueError(f"a layout of more elements than memory has addresses: {layout}")
+    w.blocks = (w.length + w.block - 1) // w.block
+    w.size = w.outer * w.length * w.inner
+    w.scales = (w.outer if w.per_outer else 1) * w.blocks * (w.inner if w.per_inner else 1)
+    w.o = w.l = w.start = w.count = w.scale = 0
+    w.step = 1 if w.per_inner else 0
+    return w
+
+
+cdef inline bint next_run(Walk *w) noexcept nogil:
+    """Move to the next run; False when there is none."""
+    cdef Py_ssize_t block_end
+    w.start += w.count
+    if w.l == w.length:
+        w.l = 0
+        w.o += 1
+    if w.size == 0 or w.o == w.outer:
+        return False
+    w.scale = ((w.o if w.per_outer else 0) * w.blocks + w.l // w.block) * (w.inner if w.per_inner else 1)
+    if w.per_inner:
+        w.count = w.inner
+        w.l += 1
+    else:
+        block_end = min(w.l + w.block - w.l % w.block, w.length)
+        w.count = (block_end - w.l) * w.inner
+        w.l = block_end
+    return True
+
+
+cdef inline int check_sizes(
+    const Walk *w, Py_ssize_t size, Py_ssize_t out_size, Py_ssize_t scales, Py_ssize_t zeros
+) except -1:
+    if size != w.size or out_size != w.size:
+        raise ValueError(f"layout of {w.size} elements, input of {size}, output of {out_size}")
+    if scales != w.scales or zeros != w.scales:
+        raise ValueError(f"layout of {w.scales} scales, got {scales} scales and {zeros} zero points")
+    return 0
