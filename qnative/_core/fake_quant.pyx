@@ -33,7 +33,8 @@ cdef enum Pass:
     FORWARD8
     FORWARD8_WIDE
     BACKWARD         # dx alone
-    BACKWARD_SCALE   # dx, ds and dz
+    BACKWARD_SCALE   # and ds
+    BACKWARD_SCALE_ZERO  # and dz
     BACKWARD8
     BACKWARD8_SCALE
 
@@ -110,22 +111,36 @@ cdef inlined decoded_wide(double x, double s, double low, double high, float *re
     result[0] = <float>(t + <double>0) * <float>s
 
 
-cdef inlined slope(float x, float s, float low, float high, float *d, bint *inside) noexcept nogil:
-    """How the result moves with the scale: code - x/s inside, the end of the range outside (LSQ)."""
+cdef inlined keep(float v, bint condition, float *result) noexcept nogil:
+    """v where the condition holds, else 0: a mask, since compilers turn a choice into two copies of what follows."""
+    cdef uint32_t bits
+    memcpy(&bits, &v, 4)
+    bits &= 0u - <uint32_t>condition
+    memcpy(result, &bits, 4)
+
+
+cdef inlined slope(
+    float x, float dy, float s, float low, float high, float *dx, float *d, float *beyond
+) noexcept nogil:
+    """Of one element: dx, how its result moves with the scale (LSQ), and dy if it lies outside the range."""
     cdef float t = x / s
     cdef float r = rintf(t), c = r
     c = low if c < low else c
     c = high if c > high else c
-    inside[0] = c == r
-    d[0] = c - (t if c == r else <float>0)
+    keep(t, c == r, &t)
+    d[0] = c - t
+    keep(dy, c == r, dx)
+    keep(dy, c != r, beyond)
 
 
-cdef inlined slope8(float x, float s, Float8 f, float *d, bint *inside) noexcept nogil:
-    cdef float t = x / s
-    cdef float c
+cdef inlined slope8(float x, float dy, float s, Float8 f, float *dx, float *d, float *beyond) noexcept nogil:
+    cdef float t = x / s, c
+    cdef bint inside = fabsf(t) <= f.max
     round8(t, f, &c)
-    inside[0] = fabsf(t) <= f.max
-    d[0] = c - (t if fabsf(t) <= f.max else <float>0)
+    keep(t, inside, &t)
+    d[0] = c - t
+    keep(dy, inside, dx)
+    beyond[0] = 0
 
 
 # Runs
@@ -184,11 +199,11 @@ cdef inlined backward_run(
     if step == 0:
         for i in range(n):
             t = rintf(x[i] / s0)
-            dx[i] = dy[i] if lo <= t <= hi else <float>0
+            keep(dy[i], (lo <= t) & (t <= hi), &dx[i])
     else:
         for i in range(n):
             t = rintf(x[i] / s[i])
-            dx[i] = dy[i] if <float>(low - z[i]) <= t <= <float>(high - z[i]) else <float>0
+            keep(dy[i], (<float>(low - z[i]) <= t) & (t <= <float>(high - z[i])), &dx[i])
 
 
 cdef inlined backward8_run(
@@ -198,61 +213,60 @@ cdef inlined backward8_run(
     cdef float s0 = s[0]
     if step == 0:
         for i in range(n):
-            dx[i] = dy[i] if fabsf(x[i] / s0) <= f.max else <float>0
+            keep(dy[i], fabsf(x[i] / s0) <= f.max, &dx[i])
     else:
         for i in range(n):
-            dx[i] = dy[i] if fabsf(x[i] / s[i]) <= f.max else <float>0
+            keep(dy[i], fabsf(x[i] / s[i]) <= f.max, &dx[i])
 
 
-cdef inlined block_of_lanes(
+cdef inlined lanes(
     const float *x, const float *dy, float *dx, Py_ssize_t n, float s, float lo, float hi, Float8 f, bint is8,
-    double *ds, double *dz
+    bint with_zero, double *ds, double *dz
 ) noexcept nogil:
     """Up to 16 elements of one scale: dx, and their part of each lane's sums."""
     cdef Py_ssize_t j
-    cdef float d
-    cdef bint inside
+    cdef float d, beyond
     for j in range(n):
         if is8:
-            slope8(x[j], s, f, &d, &inside)
+            slope8(x[j], dy[j], s, f, &dx[j], &d, &beyond)
         else:
-            slope(x[j], s, lo, hi, &d, &inside)
-        dx[j] = dy[j] if inside else <float>0
+            slope(x[j], dy[j], s, lo, hi, &dx[j], &d, &beyond)
         ds[j] += <double>dy[j] * <double>d
-        dz[j] += <double>(<float>0 if inside else dy[j])
+        if with_zero:
+            dz[j] += <double>beyond
 
 
 cdef inlined backward_scale_run(
     const float *x, const float *dy, float *dx, Py_ssize_t n, const float *s, const int32_t *z, Py_ssize_t step,
-    int32_t low, int32_t high, Float8 f, bint is8, double *ds, double *dz
+    int32_t low, int32_t high, Float8 f, bint is8, bint with_zero, double *ds, double *dz
 ) noexcept nogil:
     cdef Py_ssize_t i = 0, j
-    cdef float s0 = s[0], lo = <float>(low - z[0]), hi = <float>(high - z[0]), d
+    cdef float s0 = s[0], lo = <float>(low - z[0]), hi = <float>(high - z[0]), d, beyond
     cdef double sums[LANES]
     cdef double outside[LANES]
     cdef double total_s = 0, total_z = 0
-    cdef bint inside
     if step == 0:
         for j in range(LANES):
             sums[j] = outside[j] = 0
         while i + LANES <= n:
-            block_of_lanes(x + i, dy + i, dx + i, LANES, s0, lo, hi, f, is8, sums, outside)
+            lanes(x + i, dy + i, dx + i, LANES, s0, lo, hi, f, is8, with_zero, sums, outside)
             i += LANES
-        block_of_lanes(x + i, dy + i, dx + i, n - i, s0, lo, hi, f, is8, sums, outside)
+        lanes(x + i, dy + i, dx + i, n - i, s0, lo, hi, f, is8, with_zero, sums, outside)
         for j in range(LANES):
             total_s += sums[j]
             total_z += outside[j]
         ds[0] += total_s
-        dz[0] += total_z
+        if with_zero:
+            dz[0] += total_z
     else:
         for i in range(n):
             if is8:
-                slope8(x[i], s[i], f, &d, &inside)
+                slope8(x[i], dy[i], s[i], f, &dx[i], &d, &beyond)
             else:
-                slope(x[i], s[i], <float>(low - z[i]), <float>(high - z[i]), &d, &inside)
-            dx[i] = dy[i] if inside else <float>0
+                slope(x[i], dy[i], s[i], <float>(low - z[i]), <float>(high - z[i]), &dx[i], &d, &beyond)
             ds[i] += <double>dy[i] * <double>d
-            dz[i] += <double>(<float>0 if inside else dy[i])
+            if with_zero:
+                dz[i] += <double>beyond
 
 
 # Passes: the walk over the runs, once a level
@@ -296,11 +310,15 @@ cdef inlined work(Task *t) noexcept nogil:
     elif t.what == BACKWARD_SCALE:
         while next_run(&w):
             backward_scale_run(&t.x[w.start], &t.dy[w.start], &t.out[w.start], w.count, &t.scale[w.scale],
-                               &t.zero[w.scale], w.step, t.low, t.high, f, False, &t.ds[w.scale], &t.dz[w.scale])
+                               &t.zero[w.scale], w.step, t.low, t.high, f, False, False, &t.ds[w.scale], NULL)
+    elif t.what == BACKWARD_SCALE_ZERO:
+        while next_run(&w):
+            backward_scale_run(&t.x[w.start], &t.dy[w.start], &t.out[w.start], w.count, &t.scale[w.scale],
+                               &t.zero[w.scale], w.step, t.low, t.high, f, False, True, &t.ds[w.scale], &t.dz[w.scale])
     else:
         while next_run(&w):
             backward_scale_run(&t.x[w.start], &t.dy[w.start], &t.out[w.start], w.count, &t.scale[w.scale],
-                               &t.zero[w.scale], w.step, t.low, t.high, f, True, &t.ds[w.scale], &t.dz[w.scale])
+                               &t.zero[w.scale], w.step, t.low, t.high, f, True, False, &t.ds[w.scale], NULL)
     t.nonfinite = top >= 0x7F800000u or unordered
 
 
@@ -371,15 +389,17 @@ def fake_quantize_backward(
 ):
     """Write dx = dy where x is inside the range, else 0; add to ds the sums of dy * d and to dz those of dy outside.
 
-    x, dy, dx : float32[size]; ds, dz : float64[scales], both or neither. float8 as in `fake_quantize`. dx may be dy.
+    x, dy, dx : float32[size]; ds, dz : float64[scales], or None for what is not wanted. float8 as in `fake_quantize`. dx may be dy.
     """
     cdef Task t
     t.walk = new_walk(layout)
     check_sizes(&t.walk, x.shape[0], dx.shape[0], scale.shape[0], zero.shape[0])
     if dy.shape[0] != t.walk.size:
         raise ValueError(f"layout of {t.walk.size} elements, dy of {dy.shape[0]}")
-    if (ds is None) != (dz is None) or (ds is not None and (ds.shape[0] != t.walk.scales or dz.shape[0] != ds.shape[0])):
-        raise ValueError(f"layout of {t.walk.scales} scales; ds and dz must both have as many, or both be None")
+    if (ds is not None and ds.shape[0] != t.walk.scales) or (dz is not None and dz.shape[0] != t.walk.scales):
+        raise ValueError(f"layout of {t.walk.scales} scales; ds and dz need as many entries")
+    if dz is not None and (ds is None or float8 is not None):
+        raise ValueError("dz comes with ds, and float8 has no zero point")
     if float8 is not None:
         t.format = float8_of(float8)
     if t.walk.size == 0:
@@ -388,6 +408,8 @@ def fake_quantize_backward(
     if ds is None:
         t.what = BACKWARD if float8 is None else BACKWARD8
     else:
-        t.what, t.ds, t.dz = BACKWARD_SCALE if float8 is None else BACKWARD8_SCALE, &ds[0], &dz[0]
+        t.what, t.ds = BACKWARD_SCALE if float8 is None else BACKWARD8_SCALE, &ds[0]
+    if dz is not None:
+        t.what, t.dz = BACKWARD_SCALE_ZERO, &dz[0]
     with nogil:
         run(&t)
