@@ -273,7 +273,7 @@ class QATLinear:
         """
         array = self._as_input(x)
         seen = array if self._input_quantizer is None else self._input_quantizer(array)
-        rows = seen.reshape(-1, self.in_features) if array.size else seen.reshape(math.prod(array.shape[:-1]), -1)
+        rows = seen.reshape(math.prod(array.shape[:-1]), self.in_features)
         weight = self._weight_quantizer(self._weight)
         y = rows @ weight.T
         if self._bias is not None:
@@ -372,7 +372,7 @@ def tensor_from_torch(
     scale : array_like of float
         Shape () or (1,) per tensor; (channels,) with `axis`.
     zero_point : array_like
-        Of `scale`'s shape. Learned (float) zero points are rounded as PyTorch does: ``floor(z + 0.5)``, clamped.
+        Of `scale`'s shape. Learned (float) zero points are rounded and clamped as PyTorch's forward pass does.
     dtype : {"int8", "uint8", "int4", "uint4"}
         The codes' dtype.
     axis : int, optional
@@ -409,7 +409,7 @@ def tensor_from_torch(
     high = int(info.max) if quant_max is None else quant_max
     if not np.isfinite(zeros).all():
         raise ValueError("zero_point holds NaN or infinities")
-    zeros = np.clip(np.floor(zeros + 0.5), low, high)
+    zeros = np.clip(np.rint(zeros), low, high)
     qparams = QParams(scales, zeros, info.name, low, high, axis)
     config = qparams.config
     granules = Granules.of_config(values.shape, config)

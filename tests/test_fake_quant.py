@@ -324,8 +324,9 @@ def test_other_floats_are_rounded_to_float32_first() -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("form", ["per_tensor", "channel 0", "channel -1", "group -1", "group 0"])
 def test_every_observer_in_every_granularity(method: str, form: str) -> None:
-    x = np.random.default_rng(3).standard_normal((12, 70)).astype(np.float32)
-    for dtype, mode in KINDS:
+    slow = method == "kl"  # tries every threshold of every channel
+    x = np.random.default_rng(3).standard_normal((6, 5) if slow else (12, 70)).astype(np.float32)
+    for dtype, mode in KINDS[:: 4 if slow else 1]:
         config = make_config(dtype, mode, *GRANULARITIES[form])
         fq = fake(config, learnable=False, observer=method)
         y = fq(x)
@@ -598,9 +599,12 @@ def import_torch() -> Any:
 @pytest.mark.parametrize("form", ["per_tensor", "channel 0", "channel -1"])
 @pytest.mark.parametrize("kind", [("int8", "symmetric"), ("uint8", "asymmetric"), ("int4", "asymmetric")])
 def test_gradients_equal_pytorchs(kind: tuple[str, str], form: str, seed: int) -> None:
-    """PyTorch multiplies by the reciprocal of the scale and sums in float32: a rounded quotient may fall on the other
-    side of a tie, and so data stays clear of ties; its sums differ by float32 rounding of their terms. Its forward pass
-    rounds a float zero point with floor(z + 0.5) and its backward to even, so z stays clear of ties too.
+    """Data and zero points stay clear of what PyTorch does otherwise, none of which is in the formulas:
+
+    - it multiplies by the reciprocal of the scale, so a quotient next to a tie may round to the other side;
+    - its sums are float32, and its d is (y - x) / s, off by the rounding of y;
+    - backward per tensor rounds a float zero point by truncating z + 0.5, its own forward to even: they differ where
+      z < 0 (by one, whole numbers too) and at ties.
     """
     torch = import_torch()
     dtype, mode = kind
@@ -613,7 +617,9 @@ def test_gradients_equal_pytorchs(kind: tuple[str, str], form: str, seed: int) -
     scale = rng.uniform(0.01, 0.1, count).astype(np.float32)
     zero = np.zeros(count, np.float32)
     if mode == "asymmetric":
-        zero = (rng.integers(low, high + 1, count) + rng.uniform(-0.4, 0.4, count)).clip(low, high).astype(np.float32)
+        least = 0 if axis is None else low
+        zero = (rng.integers(least, high + 1, count) + rng.uniform(-0.4, 0.4, count)).clip(least, high)
+        zero = zero.astype(np.float32)
     along = np.broadcast_to(scale if axis != 0 else scale[:, None], shape)
     steps = np.rint(rng.uniform(-1.2, 1.2, shape) * (high - low)) + rng.uniform(-0.45, 0.45, shape)
     x, dy = (steps * along).astype(np.float32), rng.standard_normal(shape).astype(np.float32)
@@ -630,10 +636,9 @@ def test_gradients_equal_pytorchs(kind: tuple[str, str], form: str, seed: int) -
     if mode == "asymmetric":
         fq.params["zero_point"][...] = zero if axis is not None else zero[0]
     ref.assert_same_bits(fq(x), y.detach().numpy())
-    ref.assert_same_bits(fq.backward(dy), given_x.grad.numpy())
+    assert np.array_equal(fq.backward(dy), given_x.grad.numpy())  # PyTorch has -0 where dy < 0 is masked
     expected = ref.fake_quantize_backward(x, dy, fq.scale, zero if axis is not None else zero[0], dtype, mode, axis)
-    # PyTorch's d = (y - x) / s is off by the rounding of y and of x, in steps: up to |x / s| * 2^-23 each.
-    reach = 2.0**-22 * np.abs(steps).max() * np.abs(dy).sum() * factor
+    reach = 2.0**-22 * np.abs(steps).max() * np.abs(dy).sum() * factor  # up to |x / s| * 2^-23 for y and for x
     assert np.all(np.abs(given_s.grad.numpy().reshape(fq.scale.shape) - fq.grads["scale"]) <= reach)
     assert np.abs(fq.grads["scale"]).max() > 100 * reach
     if mode == "asymmetric":
