@@ -12,6 +12,7 @@ c) Backward. Gradients of scales are sums of products ``dy * d``, which are exac
    of memory. Where every element of a run has a scale of its own, its sum has one lane.
 """
 
+from libc.float cimport DBL_MAX
 from libc.math cimport fabs, fabsf, rint, rintf
 from libc.stdint cimport int32_t, uint32_t, uint64_t
 from libc.string cimport memcpy
@@ -24,19 +25,39 @@ ctypedef fused real:
     float
     double
 
+cdef extern from *:
+    """
+    #include <string.h>
+    #if defined(__SSE2__)
+    #include <emmintrin.h>
+    #include <stdint.h>
+    static inline int qn_can_stream(const float *to) { return (uintptr_t)to % 16 == 0; }
+    static inline void qn_end_streaming(void) { _mm_sfence(); }
+    /* n is a multiple of 16 */
+    static inline void qn_stream(float *to, const float *from, Py_ssize_t n) {
+        for (Py_ssize_t i = 0; i < n; i += 4) _mm_stream_ps(to + i, _mm_loadu_ps(from + i));
+    }
+    #else
+    static inline int qn_can_stream(const float *to) { (void)to; return 0; }
+    static inline void qn_end_streaming(void) {}
+    static inline void qn_stream(float *to, const float *from, Py_ssize_t n) { memcpy(to, from, (size_t)n * 4); }
+    #endif
+    """
+    bint can_stream "qn_can_stream"(const float *to) noexcept nogil
+    void stream "qn_stream"(float *to, const float *from_, Py_ssize_t n) noexcept nogil
+    void end_streaming "qn_end_streaming"() noexcept nogil
+
 cdef enum:
     LANES = 16
+    PIECE = 1024
+    STREAM_FROM = 1 << 21  # elements: 8 MiB of results, more than is near the core
 
 cdef enum Pass:
     FORWARD
-    FORWARD_WIDE     # x in float64
-    FORWARD8
-    FORWARD8_WIDE
-    BACKWARD         # dx alone
-    BACKWARD_SCALE   # and ds
-    BACKWARD_SCALE_ZERO  # and dz
-    BACKWARD8
-    BACKWARD8_SCALE
+    FORWARD_WIDE  # x in float64
+    DX            # backward: the gradient of x alone
+    DX_DS         # and of the scale
+    DX_DS_DZ      # and of the zero point
 
 
 cdef struct Float8:
@@ -46,7 +67,8 @@ cdef struct Float8:
 
 
 cdef struct Task:
-    Pass what
+    Pass kind
+    bint is8
     Walk walk
     const float *x
     const double *x_wide
@@ -143,183 +165,170 @@ cdef inlined slope8(float x, float dy, float s, Float8 f, float *dx, float *d, f
     beyond[0] = 0
 
 
-# Runs
+# Pieces of a run. What is constant at the call (is8, each, kind) is gone once inlined.
 
-cdef inlined forward_run(
-    const float *x, float *out, Py_ssize_t n, const float *s, const int32_t *z, Py_ssize_t step, int32_t low,
-    int32_t high, uint32_t *top
+cdef inlined forward_piece(
+    const float *x, float *out, Py_ssize_t n, const float *s, const int32_t *z, const Task *t, bint is8, bint each,
+    uint32_t *top
 ) noexcept nogil:
     cdef Py_ssize_t i
-    cdef float s0 = s[0], lo = <float>(low - z[0]), hi = <float>(high - z[0])
+    cdef Float8 f = t.format
+    cdef int32_t low = t.low, high = t.high
+    cdef float scale = s[0], lo = <float>(low - z[0]), hi = <float>(high - z[0]), y
     cdef uint32_t bits, largest = top[0]
-    if step == 0:
-        for i in range(n):
-            memcpy(&bits, &x[i], 4)
-            bits &= 0x7FFFFFFFu
-            largest = bits if bits > largest else largest
-            decoded(x[i], s0, lo, hi, &out[i])
-    else:
-        for i in range(n):
-            memcpy(&bits, &x[i], 4)
-            bits &= 0x7FFFFFFFu
-            largest = bits if bits > largest else largest
-            decoded(x[i], s[i], <float>(low - z[i]), <float>(high - z[i]), &out[i])
-    top[0] = largest
-
-
-cdef inlined forward8_run(
-    const float *x, float *out, Py_ssize_t n, const float *s, Py_ssize_t step, Float8 f, uint32_t *top
-) noexcept nogil:
-    cdef Py_ssize_t i
-    cdef float s0 = s[0], y
-    cdef uint32_t bits, largest = top[0]
-    if step == 0:
-        for i in range(n):
-            memcpy(&bits, &x[i], 4)
-            bits &= 0x7FFFFFFFu
-            largest = bits if bits > largest else largest
-            round8(x[i] / s0, f, &y)
-            out[i] = y * s0
-    else:
-        for i in range(n):
-            memcpy(&bits, &x[i], 4)
-            bits &= 0x7FFFFFFFu
-            largest = bits if bits > largest else largest
-            round8(x[i] / s[i], f, &y)
-            out[i] = y * s[i]
-    top[0] = largest
-
-
-cdef inlined backward_run(
-    const float *x, const float *dy, float *dx, Py_ssize_t n, const float *s, const int32_t *z, Py_ssize_t step,
-    int32_t low, int32_t high
-) noexcept nogil:
-    cdef Py_ssize_t i
-    cdef float s0 = s[0], lo = <float>(low - z[0]), hi = <float>(high - z[0]), t
-    if step == 0:
-        for i in range(n):
-            t = rintf(x[i] / s0)
-            keep(dy[i], (lo <= t) & (t <= hi), &dx[i])
-    else:
-        for i in range(n):
-            t = rintf(x[i] / s[i])
-            keep(dy[i], (<float>(low - z[i]) <= t) & (t <= <float>(high - z[i])), &dx[i])
-
-
-cdef inlined backward8_run(
-    const float *x, const float *dy, float *dx, Py_ssize_t n, const float *s, Py_ssize_t step, Float8 f
-) noexcept nogil:
-    cdef Py_ssize_t i
-    cdef float s0 = s[0]
-    if step == 0:
-        for i in range(n):
-            keep(dy[i], fabsf(x[i] / s0) <= f.max, &dx[i])
-    else:
-        for i in range(n):
-            keep(dy[i], fabsf(x[i] / s[i]) <= f.max, &dx[i])
-
-
-cdef inlined lanes(
-    const float *x, const float *dy, float *dx, Py_ssize_t n, float s, float lo, float hi, Float8 f, bint is8,
-    bint with_zero, double *ds, double *dz
-) noexcept nogil:
-    """Up to 16 elements of one scale: dx, and their part of each lane's sums."""
-    cdef Py_ssize_t j
-    cdef float d, beyond
-    for j in range(n):
+    for i in range(n):
+        memcpy(&bits, &x[i], 4)
+        bits &= 0x7FFFFFFFu  # ordered as the magnitudes are; NaN and Inf on top
+        largest = bits if bits > largest else largest
+        if each:
+            scale, lo, hi = s[i], <float>(low - z[i]), <float>(high - z[i])
         if is8:
-            slope8(x[j], dy[j], s, f, &dx[j], &d, &beyond)
+            round8(x[i] / scale, f, &y)
+            out[i] = y * scale
         else:
-            slope(x[j], dy[j], s, lo, hi, &dx[j], &d, &beyond)
-        ds[j] += <double>dy[j] * <double>d
-        if with_zero:
+            decoded(x[i], scale, lo, hi, &out[i])
+    top[0] = largest
+
+
+cdef inlined backward_lanes(
+    const float *x, const float *dy, float *dx, Py_ssize_t n, const float *s, const int32_t *z, const Task *t, bint is8,
+    bint each, Pass kind, double *ds, double *dz
+) noexcept nogil:
+    """dx of n elements of one scale (or of a scale each), and their part of n sums."""
+    cdef Py_ssize_t j
+    cdef Float8 f = t.format
+    cdef int32_t low = t.low, high = t.high
+    cdef float scale = s[0], lo = <float>(low - z[0]), hi = <float>(high - z[0]), d, beyond
+    for j in range(n):
+        if each:
+            scale, lo, hi = s[j], <float>(low - z[j]), <float>(high - z[j])
+        if is8:
+            slope8(x[j], dy[j], scale, f, &dx[j], &d, &beyond)
+        else:
+            slope(x[j], dy[j], scale, lo, hi, &dx[j], &d, &beyond)
+        if kind != DX:
+            ds[j] += <double>dy[j] * <double>d
+        if kind == DX_DS_DZ:
             dz[j] += <double>beyond
 
 
-cdef inlined backward_scale_run(
-    const float *x, const float *dy, float *dx, Py_ssize_t n, const float *s, const int32_t *z, Py_ssize_t step,
-    int32_t low, int32_t high, Float8 f, bint is8, bint with_zero, double *ds, double *dz
+cdef inlined backward_piece(
+    const float *x, const float *dy, float *dx, Py_ssize_t n, const float *s, const int32_t *z, const Task *t, bint is8,
+    Pass kind, double *sums, double *outside
 ) noexcept nogil:
-    cdef Py_ssize_t i = 0, j
-    cdef float s0 = s[0], lo = <float>(low - z[0]), hi = <float>(high - z[0]), d, beyond
+    cdef Py_ssize_t i = 0
+    if kind == DX:
+        backward_lanes(x, dy, dx, n, s, z, t, is8, False, kind, sums, outside)
+        return
+    while i + LANES <= n:
+        backward_lanes(x + i, dy + i, dx + i, LANES, s, z, t, is8, False, kind, sums, outside)
+        i += LANES
+    backward_lanes(x + i, dy + i, dx + i, n - i, s, z, t, is8, False, kind, sums, outside)
+
+
+# A pass: the walk over the runs
+
+cdef inlined sweep(Task *t, bint is8, Pass kind) noexcept nogil:
+    """Large results go through a buffer and past the caches (`stream`), so that they displace nothing.
+
+    The buffer's pieces begin at multiples of 16 elements of a run, and the lanes do not notice.
+    """
+    cdef Walk w = t.walk
+    cdef Py_ssize_t at, n, j, fill = 0, written = 0, whole
+    cdef bint streaming = w.size >= STREAM_FROM and can_stream(t.out)
+    cdef float buffer[2 * PIECE]
     cdef double sums[LANES]
     cdef double outside[LANES]
-    cdef double total_s = 0, total_z = 0
-    if step == 0:
+    cdef double total
+    cdef const float *s
+    cdef const int32_t *z
+    cdef float *to
+    cdef uint32_t top = 0
+    while next_run(&w):
+        s, z = &t.scale[w.scale], &t.zero[w.scale]
         for j in range(LANES):
             sums[j] = outside[j] = 0
-        while i + LANES <= n:
-            lanes(x + i, dy + i, dx + i, LANES, s0, lo, hi, f, is8, with_zero, sums, outside)
-            i += LANES
-        lanes(x + i, dy + i, dx + i, n - i, s0, lo, hi, f, is8, with_zero, sums, outside)
-        for j in range(LANES):
-            total_s += sums[j]
-            total_z += outside[j]
-        ds[0] += total_s
-        if with_zero:
-            dz[0] += total_z
-    else:
-        for i in range(n):
-            if is8:
-                slope8(x[i], dy[i], s[i], f, &dx[i], &d, &beyond)
+        at = 0
+        while at < w.count:
+            n = min(w.count - at, PIECE) if streaming else w.count
+            to = &buffer[fill] if streaming else &t.out[w.start]
+            if kind == FORWARD:
+                if w.step:
+                    forward_piece(&t.x[w.start + at], to, n, s + at, z + at, t, is8, True, &top)
+                else:
+                    forward_piece(&t.x[w.start + at], to, n, s, z, t, is8, False, &top)
+            elif w.step:
+                backward_lanes(&t.x[w.start + at], &t.dy[w.start + at], to, n, s + at, z + at, t, is8, True, kind,
+                               &t.ds[w.scale + at], &t.dz[w.scale + at])
             else:
-                slope(x[i], dy[i], s[i], <float>(low - z[i]), <float>(high - z[i]), &dx[i], &d, &beyond)
-            ds[i] += <double>dy[i] * <double>d
-            if with_zero:
-                dz[i] += <double>beyond
+                backward_piece(&t.x[w.start + at], &t.dy[w.start + at], to, n, s, z, t, is8, kind, sums, outside)
+            at += n
+            if streaming:
+                fill += n
+                if fill >= PIECE:
+                    whole = fill - fill % LANES
+                    stream(&t.out[written], buffer, whole)
+                    written += whole
+                    fill -= whole
+                    memcpy(buffer, &buffer[whole], fill * 4)
+        if (kind == DX_DS or kind == DX_DS_DZ) and not w.step:
+            total = 0
+            for j in range(LANES):
+                total += sums[j]
+            t.ds[w.scale] += total
+            if kind == DX_DS_DZ:
+                total = 0
+                for j in range(LANES):
+                    total += outside[j]
+                t.dz[w.scale] += total
+    if streaming:
+        memcpy(&t.out[written], buffer, fill * 4)
+        end_streaming()
+    t.nonfinite = top >= 0x7F800000u
 
 
-# Passes: the walk over the runs, once a level
-
-cdef inlined work(Task *t) noexcept nogil:
+cdef inlined sweep_wide(Task *t) noexcept nogil:
+    """Forward from float64."""
     cdef Walk w = t.walk
-    cdef Float8 f = t.format
     cdef Py_ssize_t i
     cdef const float *s
     cdef const int32_t *z
     cdef float *out
-    cdef uint32_t top = 0
-    cdef double wide
-    cdef bint unordered = False
-    if t.what == FORWARD:
-        while next_run(&w):
-            forward_run(&t.x[w.start], &t.out[w.start], w.count, &t.scale[w.scale], &t.zero[w.scale], w.step, t.low,
-                        t.high, &top)
-    elif t.what == FORWARD8:
-        while next_run(&w):
-            forward8_run(&t.x[w.start], &t.out[w.start], w.count, &t.scale[w.scale], w.step, f, &top)
-    elif t.what == FORWARD_WIDE or t.what == FORWARD8_WIDE:
-        while next_run(&w):
-            s, z, out = &t.scale[w.scale], &t.zero[w.scale], &t.out[w.start]
-            for i in range(w.count):
-                wide = t.x_wide[w.start + i]
-                unordered |= not (fabs(wide) <= 1.7976931348623157e308)
-                if t.what == FORWARD_WIDE:
-                    decoded_wide(wide, s[i * w.step], <double>(t.low - z[i * w.step]),
-                                 <double>(t.high - z[i * w.step]), &out[i])
-                else:
-                    round8_wide(wide / <double>s[i * w.step], f, &wide)
-                    out[i] = <float>wide * s[i * w.step]
-    elif t.what == BACKWARD:
-        while next_run(&w):
-            backward_run(&t.x[w.start], &t.dy[w.start], &t.out[w.start], w.count, &t.scale[w.scale], &t.zero[w.scale],
-                         w.step, t.low, t.high)
-    elif t.what == BACKWARD8:
-        while next_run(&w):
-            backward8_run(&t.x[w.start], &t.dy[w.start], &t.out[w.start], w.count, &t.scale[w.scale], w.step, f)
-    elif t.what == BACKWARD_SCALE:
-        while next_run(&w):
-            backward_scale_run(&t.x[w.start], &t.dy[w.start], &t.out[w.start], w.count, &t.scale[w.scale],
-                               &t.zero[w.scale], w.step, t.low, t.high, f, False, False, &t.ds[w.scale], NULL)
-    elif t.what == BACKWARD_SCALE_ZERO:
-        while next_run(&w):
-            backward_scale_run(&t.x[w.start], &t.dy[w.start], &t.out[w.start], w.count, &t.scale[w.scale],
-                               &t.zero[w.scale], w.step, t.low, t.high, f, False, True, &t.ds[w.scale], &t.dz[w.scale])
+    cdef double x
+    cdef bint nonfinite = False
+    while next_run(&w):
+        s, z, out = &t.scale[w.scale], &t.zero[w.scale], &t.out[w.start]
+        for i in range(w.count):
+            x = t.x_wide[w.start + i]
+            nonfinite |= not (fabs(x) <= DBL_MAX)
+            if t.is8:
+                round8_wide(x / <double>s[i * w.step], t.format, &x)
+                out[i] = <float>x * s[i * w.step]
+            else:
+                decoded_wide(x, s[i * w.step], <double>(t.low - z[i * w.step]), <double>(t.high - z[i * w.step]), &out[i])
+    t.nonfinite = nonfinite
+
+
+cdef inlined work(Task *t) noexcept nogil:
+    if t.kind == FORWARD_WIDE:
+        sweep_wide(t)
+    elif t.kind == FORWARD:
+        if t.is8:
+            sweep(t, True, FORWARD)
+        else:
+            sweep(t, False, FORWARD)
+    elif t.kind == DX:
+        if t.is8:
+            sweep(t, True, DX)
+        else:
+            sweep(t, False, DX)
+    elif t.kind == DX_DS:
+        if t.is8:
+            sweep(t, True, DX_DS)
+        else:
+            sweep(t, False, DX_DS)
     else:
-        while next_run(&w):
-            backward_scale_run(&t.x[w.start], &t.dy[w.start], &t.out[w.start], w.count, &t.scale[w.scale],
-                               &t.zero[w.scale], w.step, t.low, t.high, f, True, False, &t.ds[w.scale], NULL)
-    t.nonfinite = top >= 0x7F800000u or unordered
+        sweep(t, False, DX_DS_DZ)
 
 
 cdef at_baseline work_baseline(Task *t) noexcept nogil:
@@ -346,6 +355,9 @@ cdef void run(Task *t) noexcept nogil:
 
 # What Python calls
 
+cdef Float8 NOT_FLOAT8 = Float8(0, 0, 0)
+
+
 cdef Float8 float8_of(str dtype) except *:
     cdef const Format *format = format_of(dtype)
     cdef Float8 f
@@ -368,14 +380,14 @@ def fake_quantize(
     cdef Task t
     t.walk = new_walk(layout)
     check_sizes(&t.walk, x.shape[0], out.shape[0], scale.shape[0], zero.shape[0])
-    if float8 is not None:
-        t.format = float8_of(float8)
+    t.is8 = float8 is not None
+    t.format = float8_of(float8) if t.is8 else NOT_FLOAT8
     if t.walk.size == 0:
         return False
     if real is float:
-        t.what, t.x = FORWARD if float8 is None else FORWARD8, &x[0]
+        t.kind, t.x = FORWARD, &x[0]
     else:
-        t.what, t.x_wide = FORWARD_WIDE if float8 is None else FORWARD8_WIDE, &x[0]
+        t.kind, t.x_wide = FORWARD_WIDE, &x[0]
     t.scale, t.zero, t.low, t.high, t.out = &scale[0], &zero[0], low, high, &out[0]
     with nogil:
         run(&t)
@@ -400,16 +412,15 @@ def fake_quantize_backward(
         raise ValueError(f"layout of {t.walk.scales} scales; ds and dz need as many entries")
     if dz is not None and (ds is None or float8 is not None):
         raise ValueError("dz comes with ds, and float8 has no zero point")
-    if float8 is not None:
-        t.format = float8_of(float8)
+    t.is8 = float8 is not None
+    t.format = float8_of(float8) if t.is8 else NOT_FLOAT8
     if t.walk.size == 0:
         return
     t.x, t.dy, t.out, t.scale, t.zero, t.low, t.high = &x[0], &dy[0], &dx[0], &scale[0], &zero[0], low, high
-    if ds is None:
-        t.what = BACKWARD if float8 is None else BACKWARD8
-    else:
-        t.what, t.ds = BACKWARD_SCALE if float8 is None else BACKWARD8_SCALE, &ds[0]
+    t.kind, t.ds, t.dz = DX, NULL, NULL
+    if ds is not None:
+        t.kind, t.ds = DX_DS, &ds[0]
     if dz is not None:
-        t.what, t.dz = BACKWARD_SCALE_ZERO, &dz[0]
+        t.kind, t.dz = DX_DS_DZ, &dz[0]
     with nogil:
         run(&t)
