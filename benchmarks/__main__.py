@@ -8,9 +8,12 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from benchmarks import harness, linear
+from benchmarks import fake_quant, harness, linear
 
-SUITES: dict[str, Callable[[bool], Iterator[harness.Suite]]] = {"linear": linear.suites}
+SUITES: dict[str, Callable[[bool], Iterator[harness.Suite]]] = {
+    "linear": linear.suites,
+    "fake_quant": fake_quant.suites,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -361,7 +361,7 @@ class FakeQuantize:
                 f"a step took {np.count_nonzero(low)} of {scale.size} learned scales to zero or below; they became "
                 "half of what they were; take smaller steps for scales",
                 RuntimeWarning,
-                stacklevel=2,
+                stacklevel=4,
             )
         self._last_scale[...] = scale
         rounded = round_scale(np.asarray(scale, np.float64), quant.scale_dtype)

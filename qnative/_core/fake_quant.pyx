@@ -75,6 +75,7 @@ cdef struct Task:
     const float *dy
     const float *scale
     const int32_t *zero
+    bint one_zero  # all zero points are the same
     int32_t low, high
     Float8 format
     float *out
@@ -165,11 +166,11 @@ cdef inlined slope8(float x, float dy, float s, Float8 f, float *dx, float *d, f
     beyond[0] = 0
 
 
-# Pieces of a run. What is constant at the call (is8, each, kind) is gone once inlined.
+# Pieces of a run. What is constant at the call (is8, each, zeros, kind) is gone once inlined.
 
 cdef inlined forward_piece(
     const float *x, float *out, Py_ssize_t n, const float *s, const int32_t *z, const Task *t, bint is8, bint each,
-    uint32_t *top
+    bint zeros, uint32_t *top
 ) noexcept nogil:
     cdef Py_ssize_t i
     cdef Float8 f = t.format
@@ -181,7 +182,9 @@ cdef inlined forward_piece(
         bits &= 0x7FFFFFFFu  # ordered as the magnitudes are; NaN and Inf on top
         largest = bits if bits > largest else largest
         if each:
-            scale, lo, hi = s[i], <float>(low - z[i]), <float>(high - z[i])
+            scale = s[i]
+        if each and zeros:
+            lo, hi = <float>(low - z[i]), <float>(high - z[i])
         if is8:
             round8(x[i] / scale, f, &y)
             out[i] = y * scale
@@ -192,7 +195,7 @@ cdef inlined forward_piece(
 
 cdef inlined backward_lanes(
     const float *x, const float *dy, float *dx, Py_ssize_t n, const float *s, const int32_t *z, const Task *t, bint is8,
-    bint each, Pass kind, double *ds, double *dz
+    bint each, bint zeros, Pass kind, double *ds, double *dz
 ) noexcept nogil:
     """dx of n elements of one scale (or of a scale each), and their part of n sums."""
     cdef Py_ssize_t j
@@ -201,7 +204,9 @@ cdef inlined backward_lanes(
     cdef float scale = s[0], lo = <float>(low - z[0]), hi = <float>(high - z[0]), d, beyond
     for j in range(n):
         if each:
-            scale, lo, hi = s[j], <float>(low - z[j]), <float>(high - z[j])
+            scale = s[j]
+        if each and zeros:
+            lo, hi = <float>(low - z[j]), <float>(high - z[j])
         if is8:
             slope8(x[j], dy[j], scale, f, &dx[j], &d, &beyond)
         else:
@@ -218,12 +223,12 @@ cdef inlined backward_piece(
 ) noexcept nogil:
     cdef Py_ssize_t i = 0
     if kind == DX:
-        backward_lanes(x, dy, dx, n, s, z, t, is8, False, kind, sums, outside)
+        backward_lanes(x, dy, dx, n, s, z, t, is8, False, False, kind, sums, outside)
         return
     while i + LANES <= n:
-        backward_lanes(x + i, dy + i, dx + i, LANES, s, z, t, is8, False, kind, sums, outside)
+        backward_lanes(x + i, dy + i, dx + i, LANES, s, z, t, is8, False, False, kind, sums, outside)
         i += LANES
-    backward_lanes(x + i, dy + i, dx + i, n - i, s, z, t, is8, False, kind, sums, outside)
+    backward_lanes(x + i, dy + i, dx + i, n - i, s, z, t, is8, False, False, kind, sums, outside)
 
 
 # A pass: the walk over the runs
@@ -246,22 +251,28 @@ cdef inlined sweep(Task *t, bint is8, Pass kind) noexcept nogil:
     cdef uint32_t top = 0
     while next_run(&w):
         s, z = &t.scale[w.scale], &t.zero[w.scale]
-        for j in range(LANES):
-            sums[j] = outside[j] = 0
+        if kind == DX_DS or kind == DX_DS_DZ:
+            for j in range(LANES):
+                sums[j] = outside[j] = 0
         at = 0
         while at < w.count:
             n = min(w.count - at, PIECE) if streaming else w.count
             to = &buffer[fill] if streaming else &t.out[w.start]
             if kind == FORWARD:
-                if w.step:
-                    forward_piece(&t.x[w.start + at], to, n, s + at, z + at, t, is8, True, &top)
+                if not w.step:
+                    forward_piece(&t.x[w.start + at], to, n, s, z, t, is8, False, False, &top)
+                elif t.one_zero:
+                    forward_piece(&t.x[w.start + at], to, n, s + at, z + at, t, is8, True, False, &top)
                 else:
-                    forward_piece(&t.x[w.start + at], to, n, s, z, t, is8, False, &top)
-            elif w.step:
-                backward_lanes(&t.x[w.start + at], &t.dy[w.start + at], to, n, s + at, z + at, t, is8, True, kind,
-                               &t.ds[w.scale + at], &t.dz[w.scale + at])
-            else:
+                    forward_piece(&t.x[w.start + at], to, n, s + at, z + at, t, is8, True, True, &top)
+            elif not w.step:
                 backward_piece(&t.x[w.start + at], &t.dy[w.start + at], to, n, s, z, t, is8, kind, sums, outside)
+            elif t.one_zero:
+                backward_lanes(&t.x[w.start + at], &t.dy[w.start + at], to, n, s + at, z + at, t, is8, True, False,
+                               kind, &t.ds[w.scale + at], &t.dz[w.scale + at])
+            else:
+                backward_lanes(&t.x[w.start + at], &t.dy[w.start + at], to, n, s + at, z + at, t, is8, True, True,
+                               kind, &t.ds[w.scale + at], &t.dz[w.scale + at])
             at += n
             if streaming:
                 fill += n
@@ -355,6 +366,14 @@ cdef void run(Task *t) noexcept nogil:
 
 # What Python calls
 
+cdef bint all_same(const int32_t[::1] zero) noexcept:
+    cdef Py_ssize_t i
+    for i in range(1, zero.shape[0]):
+        if zero[i] != zero[0]:
+            return False
+    return True
+
+
 cdef Float8 NOT_FLOAT8 = Float8(0, 0, 0)
 
 
@@ -389,6 +408,7 @@ def fake_quantize(
     else:
         t.kind, t.x_wide = FORWARD_WIDE, &x[0]
     t.scale, t.zero, t.low, t.high, t.out = &scale[0], &zero[0], low, high, &out[0]
+    t.one_zero = all_same(zero)
     with nogil:
         run(&t)
     return t.nonfinite
@@ -417,6 +437,7 @@ def fake_quantize_backward(
     if t.walk.size == 0:
         return
     t.x, t.dy, t.out, t.scale, t.zero, t.low, t.high = &x[0], &dy[0], &dx[0], &scale[0], &zero[0], low, high
+    t.one_zero = all_same(zero)
     t.kind, t.ds, t.dz = DX, NULL, NULL
     if ds is not None:
         t.kind, t.ds = DX_DS, &ds[0]

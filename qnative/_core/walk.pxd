@@ -19,7 +19,7 @@ cdef struct Walk:
     bint per_outer, per_inner
     Py_ssize_t size, scales
     # the run at hand
-    Py_ssize_t o, l
+    Py_ssize_t o, l, b  # where the next one begins: outer index, index along length, block
     Py_ssize_t start, count, scale
     Py_ssize_t step  # 0: one scale for the run; 1: a scale each element
 
@@ -34,28 +34,31 @@ cdef inline Walk new_walk(tuple layout) except *:
     w.blocks = (w.length + w.block - 1) // w.block
     w.size = w.outer * w.length * w.inner
     w.scales = (w.outer if w.per_outer else 1) * w.blocks * (w.inner if w.per_inner else 1)
-    w.o = w.l = w.start = w.count = w.scale = 0
+    w.o = w.l = w.b = w.start = w.count = w.scale = 0
     w.step = 1 if w.per_inner else 0
     return w
 
 
 cdef inline bint next_run(Walk *w) noexcept nogil:
     """Move to the next run; False when there is none."""
-    cdef Py_ssize_t block_end
+    cdef Py_ssize_t end
     w.start += w.count
     if w.l == w.length:
-        w.l = 0
+        w.l = w.b = 0
         w.o += 1
     if w.size == 0 or w.o == w.outer:
         return False
-    w.scale = ((w.o if w.per_outer else 0) * w.blocks + w.l // w.block) * (w.inner if w.per_inner else 1)
+    w.scale = (w.o * w.blocks if w.per_outer else 0) + w.b
+    end = min((w.b + 1) * w.block, w.length)
     if w.per_inner:
+        w.scale *= w.inner
         w.count = w.inner
         w.l += 1
     else:
-        block_end = min(w.l + w.block - w.l % w.block, w.length)
-        w.count = (block_end - w.l) * w.inner
-        w.l = block_end
+        w.count = (end - w.l) * w.inner
+        w.l = end
+    if w.l == end:
+        w.b += 1
     return True
 
 
