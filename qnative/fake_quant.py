@@ -128,8 +128,7 @@ class FakeQuantize:
         g            = 1 / sqrt(N * quant_max),   N elements share the scale
 
     (float8: ``d = decode(encode(x / scale)) - x / scale`` within, the largest value with its sign outside). Products
-    are exact and sums float64 in an order that does not depend on the CPU (`_core/fake_quant.pyx`), each gradient is
-    rounded once to float32. The zero point is a float, used as ``clamp(rint(zero_point))``; with a `scale_dtype` below
+    ``dy * d`` are float32, their sums float64 in an order that does not depend on the CPU (`_core/fake_quant.pyx`). The zero point is a float, used as ``clamp(rint(zero_point))``; with a `scale_dtype` below
     float32 the scale is used as rounded to it, and its gradient goes past that rounding too.
 
     A scale stays positive: where an optimizer's step ends at zero or below, the scale becomes half of the one used

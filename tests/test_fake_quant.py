@@ -183,17 +183,18 @@ def test_levels_are_named_and_refused() -> None:
 
 
 def lanes_sum(terms: NDArray[np.float64]) -> float:
-    """The written order: element i to lane i mod 16, then the lanes in ascending order."""
-    lanes = [0.0] * 16
-    for i, term in enumerate(terms.tolist()):
-        lanes[i % 16] += term
-    total = 0.0
-    for lane in lanes:
-        total += lane
-    return total
+    """The written order: element i to lane i mod 32, then the upper half of the lanes to the lower one, and so on."""
+    lanes = np.zeros(32)
+    for start in range(0, len(terms), 32):
+        block = terms[start : start + 32]
+        lanes[: len(block)] += block
+    while len(lanes) > 1:
+        half = len(lanes) // 2
+        lanes = lanes[:half] + lanes[half:]
+    return float(lanes[0])
 
 
-@pytest.mark.parametrize("size", [1, 15, 16, 17, 1000, 4099])
+@pytest.mark.parametrize("size", [1, 31, 32, 33, 1000, 4099])
 def test_the_order_of_the_sum_is_the_written_one(size: int) -> None:
     rng = np.random.default_rng(size)
     x = (rng.standard_normal(size) * 40).astype(np.float32)

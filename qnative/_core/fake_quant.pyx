@@ -7,9 +7,9 @@ b) Forward. Integers: ``(clamp(rint(x / s), low - z, high - z) + 0) * s``, the r
    needs no conversion to an integer and back; the sum with 0 turns a negative zero into the zero that the code 0
    decodes to. Float8: x / s rounded to the format by adding and subtracting a power of two (`round8`), times s.
    x and s are of any precision; the product is float32. NaN becomes 0 (float8: stays NaN); the caller is told.
-c) Backward. Gradients of scales are sums of products ``dy * d``, which are exact in float64, in one order: element i of
-   a run is added to lane i mod 16, the lanes of a run are added in ascending order, and the runs of a scale in the order
-   of memory. Where every element of a run has a scale of its own, its sum has one lane.
+c) Backward. Gradients of scales are float64 sums of the float32 products ``dy * d``, in one order: element i of
+   a run is added to lane i mod 32; the upper half of the lanes is added to the lower one until one is left; the runs of
+   a scale are added in the order of memory. Where each element of a run has a scale of its own, so has its sum.
 """
 
 from libc.float cimport DBL_MAX
@@ -25,32 +25,8 @@ ctypedef fused real:
     float
     double
 
-cdef extern from *:
-    """
-    #include <string.h>
-    #if defined(__SSE2__)
-    #include <emmintrin.h>
-    #include <stdint.h>
-    static inline int qn_can_stream(const float *to) { return (uintptr_t)to % 16 == 0; }
-    static inline void qn_end_streaming(void) { _mm_sfence(); }
-    /* n is a multiple of 16 */
-    static inline void qn_stream(float *to, const float *from, Py_ssize_t n) {
-        for (Py_ssize_t i = 0; i < n; i += 4) _mm_stream_ps(to + i, _mm_loadu_ps(from + i));
-    }
-    #else
-    static inline int qn_can_stream(const float *to) { (void)to; return 0; }
-    static inline void qn_end_streaming(void) {}
-    static inline void qn_stream(float *to, const float *from, Py_ssize_t n) { memcpy(to, from, (size_t)n * 4); }
-    #endif
-    """
-    bint can_stream "qn_can_stream"(const float *to) noexcept nogil
-    void stream "qn_stream"(float *to, const float *from_, Py_ssize_t n) noexcept nogil
-    void end_streaming "qn_end_streaming"() noexcept nogil
-
 cdef enum:
-    LANES = 16
-    PIECE = 1024
-    STREAM_FROM = 1 << 21  # elements: 8 MiB of results, more than is near the core
+    LANES = 32
 
 cdef enum Pass:
     FORWARD
@@ -166,9 +142,9 @@ cdef inlined slope8(float x, float dy, float s, Float8 f, float *dx, float *d, f
     beyond[0] = 0
 
 
-# Pieces of a run. What is constant at the call (is8, each, zeros, kind) is gone once inlined.
+# Runs. What is constant at the call (is8, each, zeros, kind) is gone once inlined.
 
-cdef inlined forward_piece(
+cdef inlined forward_run(
     const float *x, float *out, Py_ssize_t n, const float *s, const int32_t *z, const Task *t, bint is8, bint each,
     bint zeros, uint32_t *top
 ) noexcept nogil:
@@ -212,89 +188,68 @@ cdef inlined backward_lanes(
         else:
             slope(x[j], dy[j], scale, lo, hi, &dx[j], &d, &beyond)
         if kind != DX:
-            ds[j] += <double>dy[j] * <double>d
+            ds[j] += <double>(dy[j] * d)
         if kind == DX_DS_DZ:
             dz[j] += <double>beyond
 
 
-cdef inlined backward_piece(
+cdef inlined backward_run(
     const float *x, const float *dy, float *dx, Py_ssize_t n, const float *s, const int32_t *z, const Task *t, bint is8,
     Pass kind, double *sums, double *outside
 ) noexcept nogil:
     cdef Py_ssize_t i = 0
-    if kind == DX:
-        backward_lanes(x, dy, dx, n, s, z, t, is8, False, False, kind, sums, outside)
-        return
     while i + LANES <= n:
         backward_lanes(x + i, dy + i, dx + i, LANES, s, z, t, is8, False, False, kind, sums, outside)
         i += LANES
     backward_lanes(x + i, dy + i, dx + i, n - i, s, z, t, is8, False, False, kind, sums, outside)
 
 
+cdef inline double total(double *lanes) noexcept nogil:
+    cdef Py_ssize_t half = LANES // 2, j
+    while half:
+        for j in range(half):
+            lanes[j] += lanes[j + half]
+        half //= 2
+    return lanes[0]
+
+
 # A pass: the walk over the runs
 
 cdef inlined sweep(Task *t, bint is8, Pass kind) noexcept nogil:
-    """Large results go through a buffer and past the caches (`stream`), so that they displace nothing.
-
-    The buffer's pieces begin at multiples of 16 elements of a run, and the lanes do not notice.
-    """
     cdef Walk w = t.walk
-    cdef Py_ssize_t at, n, j, fill = 0, written = 0, whole
-    cdef bint streaming = w.size >= STREAM_FROM and can_stream(t.out)
-    cdef float buffer[2 * PIECE]
+    cdef Py_ssize_t j
     cdef double sums[LANES]
     cdef double outside[LANES]
-    cdef double total
+    cdef const float *x
+    cdef const float *dy
     cdef const float *s
     cdef const int32_t *z
-    cdef float *to
+    cdef float *out
     cdef uint32_t top = 0
     while next_run(&w):
-        s, z = &t.scale[w.scale], &t.zero[w.scale]
-        if kind == DX_DS or kind == DX_DS_DZ:
+        x, out, s, z = &t.x[w.start], &t.out[w.start], &t.scale[w.scale], &t.zero[w.scale]
+        if kind == FORWARD:
+            if not w.step:
+                forward_run(x, out, w.count, s, z, t, is8, False, False, &top)
+            elif t.one_zero:
+                forward_run(x, out, w.count, s, z, t, is8, True, False, &top)
+            else:
+                forward_run(x, out, w.count, s, z, t, is8, True, True, &top)
+            continue
+        dy = &t.dy[w.start]
+        if w.step and t.one_zero:
+            backward_lanes(x, dy, out, w.count, s, z, t, is8, True, False, kind, &t.ds[w.scale], &t.dz[w.scale])
+        elif w.step:
+            backward_lanes(x, dy, out, w.count, s, z, t, is8, True, True, kind, &t.ds[w.scale], &t.dz[w.scale])
+        elif kind == DX:
+            backward_lanes(x, dy, out, w.count, s, z, t, is8, False, False, kind, NULL, NULL)
+        else:
             for j in range(LANES):
                 sums[j] = outside[j] = 0
-        at = 0
-        while at < w.count:
-            n = min(w.count - at, PIECE) if streaming else w.count
-            to = &buffer[fill] if streaming else &t.out[w.start]
-            if kind == FORWARD:
-                if not w.step:
-                    forward_piece(&t.x[w.start + at], to, n, s, z, t, is8, False, False, &top)
-                elif t.one_zero:
-                    forward_piece(&t.x[w.start + at], to, n, s + at, z + at, t, is8, True, False, &top)
-                else:
-                    forward_piece(&t.x[w.start + at], to, n, s + at, z + at, t, is8, True, True, &top)
-            elif not w.step:
-                backward_piece(&t.x[w.start + at], &t.dy[w.start + at], to, n, s, z, t, is8, kind, sums, outside)
-            elif t.one_zero:
-                backward_lanes(&t.x[w.start + at], &t.dy[w.start + at], to, n, s + at, z + at, t, is8, True, False,
-                               kind, &t.ds[w.scale + at], &t.dz[w.scale + at])
-            else:
-                backward_lanes(&t.x[w.start + at], &t.dy[w.start + at], to, n, s + at, z + at, t, is8, True, True,
-                               kind, &t.ds[w.scale + at], &t.dz[w.scale + at])
-            at += n
-            if streaming:
-                fill += n
-                if fill >= PIECE:
-                    whole = fill - fill % LANES
-                    stream(&t.out[written], buffer, whole)
-                    written += whole
-                    fill -= whole
-                    memcpy(buffer, &buffer[whole], fill * 4)
-        if (kind == DX_DS or kind == DX_DS_DZ) and not w.step:
-            total = 0
-            for j in range(LANES):
-                total += sums[j]
-            t.ds[w.scale] += total
+            backward_run(x, dy, out, w.count, s, z, t, is8, kind, sums, outside)
+            t.ds[w.scale] += total(sums)
             if kind == DX_DS_DZ:
-                total = 0
-                for j in range(LANES):
-                    total += outside[j]
-                t.dz[w.scale] += total
-    if streaming:
-        memcpy(&t.out[written], buffer, fill * 4)
-        end_streaming()
+                t.dz[w.scale] += total(outside)
     t.nonfinite = top >= 0x7F800000u
 
 
