@@ -245,7 +245,9 @@ cdef inlined sweep(Task *t, bint is8, Pass kind) noexcept nogil:
             backward_lanes(x, dy, out, w.count, s, z, t, is8, False, False, kind, NULL, NULL)
         else:
             for j in range(LANES):
-                sums[j] = outside[j] = 0
+                sums[j] = 0
+                if kind == DX_DS_DZ:
+                    outside[j] = 0
             backward_run(x, dy, out, w.count, s, z, t, is8, kind, sums, outside)
             t.ds[w.scale] += total(sums)
             if kind == DX_DS_DZ:
