@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -499,3 +501,18 @@ def test_a_layer_trained_in_pytorch_runs_with_its_codes(
     assert np.array_equal(codes, torch_rule(x, 0.025, 120, 0, 255))  # no tie in this data
     size = np.abs(seen.numpy()) @ np.abs(simulated.numpy()).T + np.abs(bias)
     assert np.all(np.abs(layer(x) - y) <= (k + 8) * 2.0**-24 * size)
+
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "qat.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=["a layer", "weights of PyTorch"])
+def test_what_the_document_shows_runs(block: str) -> None:
+    if "import torch" in block:
+        import_torch()
+    namespace: dict[str, Any] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exec(block, namespace)
+    assert namespace["layer"](np.ones((1, 64), np.float32)).shape == (1, 16)
