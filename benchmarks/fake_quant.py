@@ -1,7 +1,7 @@
 """`FakeQuantize` against loops that move the same bytes, and PyTorch's fake quantization.
 
-"GOPS" counts elements: billions a second. The loops are NumPy's own compiled ones: a copy (4 bytes in, 4 out) for the
-forward pass, a copy and a sum of two arrays (8 in, 4 out) for forward and backward. Ours and the loops write into arrays
+"GOPS" counts elements: billions a second. The loops are NumPy's own compiled ones: a copy (4 bytes in, 4 out) for
+forward, a copy and a sum of two arrays (8 in, 4 out) for forward and backward. Ours and the loops write into arrays
 that were made before; PyTorch's autograd has no way to.
 """
 
@@ -103,15 +103,15 @@ def training_case(name: str, config: qn.QuantConfig, size: int) -> Case:
 
 def few_rows(config: qn.QuantConfig, x: Array) -> slice:
     """Choose what the (slow) reference looks at: the last rows, or all where the scales' shape is that of all."""
-    return slice(-64, None) if config.axis is None or config.axis == -1 and config.group_size is None else slice(None)
+    return slice(-64, None) if config.axis is None or (config.axis == -1 and config.group_size is None) else slice(None)
 
 
 def check_forward(quantizer: qn.FakeQuantize, x: Array, y: Array) -> None:
     """Compare bits with the reference."""
     q, rows = quantizer.qparams, few_rows(quantizer.config.quant, x)
-    where = {"dtype": q.dtype, "axis": q.axis, "group_size": q.group_size}
-    codes = reference.quantize(x[rows], q.scale, q.zero_point, **where, quant_min=q.quant_min, quant_max=q.quant_max)
-    expected = reference.dequantize(codes, q.scale, q.zero_point, **where)
+    where = (q.dtype, q.axis, q.group_size)
+    codes = reference.quantize(x[rows], q.scale, q.zero_point, *where, q.quant_min, q.quant_max)
+    expected = reference.dequantize(codes, q.scale, q.zero_point, *where)
     try:
         reference.assert_same_bits(y[rows], expected, repr(quantizer))
     except AssertionError as error:

@@ -1,15 +1,15 @@
 """Quantization-aware training on real handwritten digits: float32, post-training quantization and QAT, compared.
 
-The data are the 1,797 digits of scikit-learn (8 x 8 pixels, UCI's optical recognition of handwritten digits), the network
-three linear layers with ReLU between them. Each seed has its own split into training and test digits, its own weights
-and its own order of batches. Three networks come out of it:
+The data are the 1,797 digits of scikit-learn (8 x 8 pixels, UCI's optical recognition of handwritten digits), the
+network three linear layers with ReLU between them. Each seed has its own split into training and test digits, its own
+weights and its own order of batches. Three networks come out of it:
 
 - float32, trained to the end;
 - that one quantized afterwards (PTQ): scales from the weights and from training data, nothing trained;
 - one that stops training in float32 halfway and goes on with simulated quantization, its scales learned (LSQ).
 
-The accuracies of quantized networks are those of what would be deployed: `QATLinear.convert()` gives integer layers, and
-the digits run through these.
+The accuracies of quantized networks are those of what would be deployed: `QATLinear.convert()` gives integer layers,
+and the digits run through these.
 
     pip install 'qnative[qat-demo]'
     python examples/qat_digits.py
@@ -20,6 +20,7 @@ Exits 1 when QAT falls further behind float32 than it should (see `failures`).
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -281,7 +282,7 @@ def run_seed(seed: int, epochs: int, tick: Callable[[], Any]) -> tuple[dict[str,
     """Train and quantize with one seed; return accuracies by "row", and what the scales did."""
     data, rng = split(seed), np.random.default_rng([seed, 2])
     network = []
-    for fan_in, fan_out in zip(SIZES[:-1], SIZES[1:], strict=True):
+    for fan_in, fan_out in itertools.pairwise(SIZES):
         limit = (6 / (fan_in + fan_out)) ** 0.5  # Glorot and Bengio, 2010
         weight = rng.uniform(-limit, limit, (fan_out, fan_in)).astype(np.float32)
         network.append(Linear(weight, np.zeros(fan_out, np.float32)))
@@ -375,14 +376,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--short", action="store_true", help="one seed and a few epochs, for a quick look; not judged")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON instead of a table")
-    parser.add_argument("--picture", type=Path, default=Path("build/qat_digits.png"), metavar="PATH", help="(%(default)s)")
+    parser.add_argument(
+        "--picture", type=Path, default=Path("build/qat_digits.png"), metavar="PATH", help="(%(default)s)"
+    )
     options = parser.parse_args(argv)
     count, epochs = (1, 6) if options.short else (5, 40)
     start = time.perf_counter()
-    seeds, traces = [], {}
-    with threadpool_limits(limits=1), tqdm(
-        total=count * epochs * (2 + len(SCHEMES)), disable=None, leave=False, unit="epoch"
-    ) as bar:
+    seeds: list[dict[str, float]] = []
+    traces: dict[str, Trace] = {}
+    with (
+        threadpool_limits(limits=1),
+        tqdm(total=count * epochs * (2 + len(SCHEMES)), disable=None, leave=False, unit="epoch") as bar,
+    ):
         for seed in range(count):
             found, scales = run_seed(seed, epochs, bar.update)
             seeds.append(found)
@@ -393,7 +398,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         figures = {"accuracies": seeds, "seconds": time.perf_counter() - start, "picture": str(options.picture)}
         print(json.dumps(figures, indent=1))
     else:
-        print(f"Handwritten digits recognised, % of {TEST_DIGITS} test digits; {epochs} + {epochs} epochs, one thread\n")
+        print(
+            f"Handwritten digits recognised, % of {TEST_DIGITS} test digits; {epochs} + {epochs} epochs, one thread\n"
+        )
         print(report.table(rows_of(seeds)))
         print(f"\n{time.perf_counter() - start:.0f} s. The picture: {options.picture}")
     for line in failed:

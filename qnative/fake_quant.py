@@ -113,9 +113,9 @@ class FakeQuantize:
     frozen             no         yes         `freeze`: the scale is not learned any more either
     =================  =========  ==========  =========================================================
 
-    **Observed scales** (``config.learnable`` false). While observing, the scale follows the observer. Per group there is
-    no stream: groups are those of one array, and each array observed is judged by itself (``moving_average`` averages
-    over arrays of one shape).
+    **Observed scales** (``config.learnable`` false). While observing, the scale follows the observer. Per group there
+    is no stream: groups are those of one array, and each array observed is judged by itself (``moving_average``
+    averages over arrays of one shape).
 
     **Learned scales** (LSQ, Esser et al., ICLR 2020; the zero point as in LSQ+, Bhalgat et al., 2020). Scale and, if
     asymmetric, zero point are taken from what was observed when the first x is quantized; then observing ends. From
@@ -128,12 +128,13 @@ class FakeQuantize:
         g            = 1 / sqrt(N * quant_max),   N elements share the scale
 
     (float8: ``d = decode(encode(x / scale)) - x / scale`` within, the largest value with its sign outside). Products
-    ``dy * d`` are float32, their sums float64 in an order that does not depend on the CPU (`_core/fake_quant.pyx`). The zero point is a float, used as ``clamp(rint(zero_point))``; with a `scale_dtype` below
-    float32 the scale is used as rounded to it, and its gradient goes past that rounding too.
+    ``dy * d`` are float32, their sums float64 in an order that does not depend on the CPU (`_core/fake_quant.pyx`). The
+    zero point is a float, used as ``clamp(rint(zero_point))``; with a `scale_dtype` below float32 the scale is used as
+    rounded to it, and its gradient goes past that rounding too.
 
     A scale stays positive: where an optimizer's step ends at zero or below, the scale becomes half of the one used
-    before that step, and a RuntimeWarning says so. A smaller step for scales avoids it. Positive values are used as they
-    are, and NaN raises.
+    before that step, and a RuntimeWarning says so. A smaller step for scales avoids it. Positive values are used as
+    they are, and NaN raises.
 
     Everything is float32: other floats are rounded to it first. x must not be changed between a call and its backward.
     One object is for one place in a network and one thread.
@@ -510,10 +511,11 @@ class FakeQuantize:
     def quantize(self, x: ArrayLike) -> NDArray[Any]:
         """Return the codes of x with the present scale and zero point: those that a call simulates.
 
-        Nothing is observed and nothing kept. int8 for int8 and int4, uint8 for the others; RuntimeError before any data.
+        Nothing is observed and nothing kept. int8 for int8 and int4, uint8 for the others; RuntimeError before data.
         """
         q = self.qparams
+        low, high = (None, None) if self._config.quant.info.is_float else (int(q.quant_min or 0), int(q.quant_max or 0))
         return quantize(
-            as_float32(x), q.scale, q.zero_point, q.dtype, q.axis, group_size=q.group_size,
-            **({} if self._config.quant.info.is_float else {"quant_min": q.quant_min, "quant_max": q.quant_max}),
+            as_float32(x), q.scale, q.zero_point, q.dtype, q.axis,
+            group_size=q.group_size, quant_min=low, quant_max=high,
         )  # fmt: skip

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -28,8 +27,8 @@ class QATLinear:
     """``y = fake_quantize(x) @ fake_quantize(weight).T + bias``, forward and backward, in float32.
 
     What it simulates is what `convert` deploys: the layer it returns has, bit for bit, the codes of the training-time
-    weights and gives x the codes of the training-time activations. Its output differs only by how float32 rounds: here a
-    matrix product rounds each sum, there sums are exact (integers) or one fused chain (float8).
+    weights and gives x the codes of the training-time activations. Its output differs only by how float32 rounds: here
+    a matrix product rounds each sum, there sums are exact (integers) or one fused chain (float8).
 
     Any optimizer can drive it: `params` are named float32 arrays to update in place, `grads` their gradients by the
     same names after `backward`::
@@ -102,8 +101,8 @@ class QATLinear:
             quant = self._input_quantizer.config.quant
             if quant.axis is not None:
                 raise ValueError(
-                    f"activation is {quant.granularity}; a layer takes one scale for its input (a sum over inputs cannot "
-                    "take out a scale each input): use a per-tensor config"
+                    f"activation is {quant.granularity}; a layer takes one scale for its input (a sum over inputs "
+                    "cannot take out a scale each input): use a per-tensor config"
                 )
             activations = QParams(1.0, quant.symmetric_zero_point, quant.dtype, quant.quant_min, quant.quant_max)
         one = np.ones((1, 1), np.float32)
@@ -192,8 +191,9 @@ class QATLinear:
     def params(self) -> Parameters:
         """Everything that is trained, float32 arrays to update in place.
 
-        ``"weight"``, ``"bias"`` and, of what is learned, ``"weight_scale"``, ``"weight_zero_point"``, ``"input_scale"``,
-        ``"input_zero_point"``. The learned ones are there from the first call (or `calibrate`) on, since data gives them.
+        ``"weight"``, ``"bias"`` and, of what is learned, ``"weight_scale"``, ``"weight_zero_point"``,
+        ``"input_scale"``, ``"input_zero_point"``. The learned ones are there from the first call (or `calibrate`) on,
+        since data gives them.
         """
         found = {"weight": self._weight} | ({} if self._bias is None else {"bias": self._bias})
         for prefix, quantizer in self._quantizers.items():
@@ -401,7 +401,9 @@ def tensor_from_torch(
     values = as_float32(weight)
     info = code_dtype(dtype)
     if info.is_float:
-        raise ValueError(f"dtype={info.name!r} has no zero point; use quantize_tensor(weight, config, QParams(scale, ...))")
+        raise ValueError(
+            f"dtype={info.name!r} has no zero point; use quantize_tensor(weight, config, QParams(scale, ...))"
+        )
     scales, zeros = check_scale(scale), np.asarray(zero_point, np.float64)
     if axis is None and scales.shape == (1,):
         scales, zeros = scales.reshape(()), zeros.reshape(())

@@ -288,8 +288,8 @@ def fake_quantize_backward(
 ) -> Gradients:
     """Straight-through dx, and LSQ's gradients of scale and zero point, scaled by 1 / sqrt(N * quant_max).
 
-    The quotient and its distance to the code are float32; products and sums are float64. `zero_point` is a float, used
-    as clamp(rint(z)).
+    The quotient, its distance d to the code and the products dy * d are float32, the sums float64. `zero_point` is a
+    float, used as clamp(rint(z)).
     """
     low, high = code_range(dtype, mode)
     scale = np.asarray(scale, np.float32)
@@ -307,14 +307,14 @@ def fake_quantize_backward(
             d = np.where(inside, (q - z).astype(np.float32) - ratio, np.where(q < low, low - z, high - z))
     assert not inside.any() or (value if is_float8(dtype) else ratio).dtype == np.float32
     place = spread(np.arange(scale.size).reshape(scale.shape), x.shape, axis, group_size).ravel()
-    wide = dy.astype(np.float64)
 
     def sums(terms: NDArray[Any]) -> F64:
-        return np.bincount(place, terms.ravel(), minlength=scale.size).reshape(scale.shape)
+        return np.asarray(np.bincount(place, terms.ravel(), minlength=scale.size).reshape(scale.shape), np.float64)
 
     each = np.bincount(place, minlength=scale.size).reshape(scale.shape)
     factor = 1.0 / np.sqrt(np.maximum(each, 1) * float(high))
-    slope, shift = wide * d.astype(np.float64), np.where(inside, 0.0, -s.astype(np.float64) * wide)
+    slope = (dy * d.astype(np.float32)).astype(np.float64)
+    shift = np.where(inside, 0.0, -s.astype(np.float64) * dy)
     return Gradients(
         np.where(inside, dy, np.float32(0)),
         sums(slope) * factor,

@@ -195,7 +195,10 @@ def test_optimizers_find_a_minimum(qat_digits: ModuleType) -> None:
         layer = qat_digits.Linear(np.float32([[3.0, -2.0]]), np.float32([1.0]))
         steps = optimizer([layer])
         for _ in range(400):
-            layer.grads = {"weight": 2 * (layer.params["weight"] - np.float32([[1, 5]])), "bias": layer.params["bias"].copy()}
+            layer.grads = {
+                "weight": 2 * (layer.params["weight"] - np.float32([[1, 5]])),
+                "bias": layer.params["bias"].copy(),
+            }
             steps.step(rate)
         np.testing.assert_allclose(layer.params["weight"], [[1, 5]], atol=0.02)
         np.testing.assert_allclose(layer.params["bias"], [0], atol=0.02)
@@ -210,7 +213,7 @@ def test_digits_are_split_without_overlap_and_evenly(qat_digits: ModuleType) -> 
     counts = np.bincount(data.test_labels)
     assert len(counts) == 10 and counts.max() - counts.min() <= 5
     assert not np.array_equal(data.test_x, other.test_x)
-    assert 0 <= everything.min() and everything.max() == 1
+    assert everything.min() >= 0 and everything.max() == 1
 
 
 @needs_digits

@@ -164,7 +164,7 @@ def every_level() -> Iterator[str]:
     try:
         for name, usable in _core.levels().items():
             if usable:
-                assert _core.use_level(name) == _core.use_level(name) or True
+                _core.use_level(name)
                 assert _core.level() == name
                 yield name
     finally:
@@ -208,7 +208,7 @@ def test_the_order_of_the_sum_is_the_written_one(size: int) -> None:
     for _ in every_level():
         ds, dz, dx = np.zeros(1), np.zeros(1), np.empty(size, np.float32)
         _core.fake_quantize_backward(x, dy, scale, zero, walk, -128, 127, None, dx, ds, dz)
-        assert ds[0] == lanes_sum(dy.astype(np.float64) * d)
+        assert ds[0] == lanes_sum((dy * d).astype(np.float64))
         assert dz[0] == lanes_sum(np.where(inside, 0.0, dy))
 
 
@@ -500,9 +500,9 @@ def test_refusals() -> None:
     read_only = out.copy()
     read_only.flags.writeable = False
     for bad_out, error, message in (
-        (x, ValueError, "shares memory"), (out[:1], ValueError, "shape"), (out.astype(np.float64), ValueError, "float64"),
-        (read_only, ValueError, "writeable"), (out.tolist(), TypeError, "numpy.ndarray"),
-        (np.asfortranarray(out), ValueError, "C-contiguous"),
+        (x, ValueError, "shares memory"), (out[:1], ValueError, "shape"),
+        (out.astype(np.float64), ValueError, "float64"), (read_only, ValueError, "writeable"),
+        (out.tolist(), TypeError, "numpy.ndarray"), (np.asfortranarray(out), ValueError, "C-contiguous"),
     ):  # fmt: skip
         with pytest.raises(error, match=message):
             fq(x, out=bad_out)

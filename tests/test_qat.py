@@ -67,7 +67,9 @@ def random_layer(seed: int) -> tuple[qn.QATLinear, NDArray[np.float32], str]:
     if rng.random() < 0.85:
         code = dtype if dtype in FLOAT8 else choose(*INTEGERS)
         kind = "symmetric" if code in FLOAT8 else choose("symmetric", "asymmetric")
-        inputs = fq(make_config(code, kind, None, None), choose(True, False), choose("min_max", "moving_average", "mse"))
+        inputs = fq(
+            make_config(code, kind, None, None), choose(True, False), choose("min_max", "moving_average", "mse")
+        )
     layer = layer_of(n, k, weight, inputs, bool(rng.integers(2)), seed)
     shape = choose((k,), (1, k), (7, k), (2, 5, k))
     x = (rng.standard_normal(shape) * rng.uniform(0.1, 10) + rng.uniform(-1, 1)).astype(np.float32)
@@ -245,7 +247,8 @@ class Surrogate:
 @pytest.mark.parametrize(
     ("weight", "inputs"),
     [
-        (("int8", "symmetric", 0, None), ("uint8", "asymmetric")), (("int4", "asymmetric", -1, 4), ("int4", "asymmetric")),
+        (("int8", "symmetric", 0, None), ("uint8", "asymmetric")),
+        (("int4", "asymmetric", -1, 4), ("int4", "asymmetric")),
         (("uint4", "asymmetric", None, None), ("int8", "symmetric")), (("int4", "symmetric", 0, None), None),
         (("float8_e4m3fn", "symmetric", 0, None), ("float8_e4m3fn", "symmetric")),
         (("float8_e5m2", "symmetric", -1, 5), ("float8_e5m2", "symmetric")),
@@ -279,7 +282,9 @@ def test_gradients_equal_finite_differences_in_float64(weight: Any, inputs: Any,
             assert quantizer is not None
             q = quantizer.config.quant
             data = layer.weight if name.startswith("weight") else x
-            count = ref.spread(np.arange(quantizer.scale.size).reshape(quantizer.scale.shape), data.shape, q.axis, q.group_size)
+            count = ref.spread(
+                np.arange(quantizer.scale.size).reshape(quantizer.scale.shape), data.shape, q.axis, q.group_size
+            )
             each = np.bincount(count.ravel()).reshape(quantizer.scale.shape)
             expected = expected / np.sqrt(each * float(q.quant_max))
         assert gradient.dtype == np.float32 and gradient.shape == expected.shape
@@ -311,7 +316,9 @@ def test_batches_of_any_rank() -> None:
 
 def test_parameters_are_shared_arrays_and_appear_with_data() -> None:
     weights = np.ones((3, 4), np.float32)
-    layer = qn.QATLinear(weights, [0, 0, 0.5], weight=fq(qn.QuantConfig.int8_per_channel()), activation=fq(qn.QuantConfig.int8()))
+    layer = qn.QATLinear(
+        weights, [0, 0, 0.5], weight=fq(qn.QuantConfig.int8_per_channel()), activation=fq(qn.QuantConfig.int8())
+    )
     layer.params["weight"][0] = 7
     assert weights[0, 0] == 1 and layer.weight[0, 0] == 7
     assert set(layer.params) == {"weight", "bias"} and not layer.grads
@@ -413,7 +420,14 @@ def torch_rule(x: NDArray[np.float32], scale: Any, zero: Any, low: int, high: in
     return np.clip(np.rint(x * (np.float32(1) / np.float32(scale))) + zero, low, high).astype(np.int64)
 
 
-RANGES = [("int8", -128, 127), ("int8", -127, 127), ("uint8", 0, 255), ("int4", -8, 7), ("int4", -7, 7), ("uint4", 0, 15)]
+RANGES = [
+    ("int8", -128, 127),
+    ("int8", -127, 127),
+    ("uint8", 0, 255),
+    ("int4", -8, 7),
+    ("int4", -7, 7),
+    ("uint4", 0, 15),
+]
 
 
 @pytest.mark.parametrize(("dtype", "low", "high"), RANGES)
@@ -443,8 +457,9 @@ def test_weights_of_pytorch_keep_their_codes(dtype: str, low: int, high: int, ax
 def test_weights_of_pytorch_that_do_not_fit() -> None:
     w = np.ones((2, 3), np.float32)
     for keywords, message in (
-        ({"scale": [0.1, 0.2]}, "axis"), ({"scale": [0.1] * 3, "axis": 0}, r"need \(2,\)"), ({"scale": -1.0}, "finite and > 0"),
-        ({"scale": 0.1, "dtype": "float8_e5m2"}, "has no zero point"), ({"scale": 0.1, "zero_point": np.nan}, "zero_point holds NaN"),
+        ({"scale": [0.1, 0.2]}, "axis"), ({"scale": [0.1] * 3, "axis": 0}, r"need \(2,\)"),
+        ({"scale": -1.0}, "finite and > 0"), ({"scale": 0.1, "dtype": "float8_e5m2"}, "has no zero point"),
+        ({"scale": 0.1, "zero_point": np.nan}, "zero_point holds NaN"),
         ({"scale": 0.1, "quant_min": -200}, "must ascend"), ({"scale": 0.1, "dtype": "int2"}, "not a code dtype"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
