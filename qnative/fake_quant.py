@@ -210,8 +210,9 @@ class FakeQuantize:
 
     def enable_observer(self) -> None:
         """Observe from now on. A learnable one takes its scale anew from what it then sees."""
-        if self._config.learnable:
+        if self._params:
             self._observer.reset()
+            self._qparams = None
             self._forget_params()
         self._observing = True
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import doctest
 import importlib
 import math
+import os
+import pickle
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -162,7 +168,7 @@ def every_level() -> Iterator[str]:
     """Run what follows at each level that this CPU has; the one in use before is restored."""
     before = _core.level()
     try:
-        for name, usable in _core.levels().items():
+        for name, usable in _core.usable_levels().items():
             if usable:
                 _core.use_level(name)
                 assert _core.level() == name
@@ -172,14 +178,24 @@ def every_level() -> Iterator[str]:
 
 
 def test_levels_are_named_and_refused() -> None:
-    assert list(_core.levels()) == ["baseline", "avx2", "avx512"]
-    assert _core.levels()["baseline"] and _core.levels()[_core.level()]
+    assert list(_core.usable_levels()) == ["baseline", "avx2", "avx512"]
+    assert _core.usable_levels()["baseline"] and _core.usable_levels()[_core.level()]
     with pytest.raises(ValueError, match="'sse9' is not a level"):
         _core.use_level("sse9")
-    for name, usable in _core.levels().items():
+    for name, usable in _core.usable_levels().items():
         if not usable:
             with pytest.raises(RuntimeError, match="cannot run"):
                 _core.use_level(name)
+
+
+@pytest.mark.parametrize(("kernel", "level"), [("scalar", "baseline"), ("avx2", "avx2"), ("avx512vnni", "avx512")])
+def test_a_forced_kernel_chooses_the_level_too(kernel: str, level: str) -> None:
+    if not _core.isas().get(kernel, False):
+        pytest.skip(f"this CPU cannot run {kernel}")
+    code = "from qnative import _core; print(_core.level())"
+    environment = {**os.environ, "QNATIVE_ISA": kernel, "PYTHONPATH": str(Path(qn.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.strip() == level
 
 
 def lanes_sum(terms: NDArray[np.float64]) -> float:
@@ -428,6 +444,34 @@ def test_a_learnable_one_starts_from_all_that_was_observed() -> None:
     assert not fq.params and fq.has_scale
     fq.initialize()
     assert fq.params["scale"] == np.float32(8 / 127) and not fq.observing
+
+
+def test_observing_again_keeps_what_was_observed_and_forgets_what_was_learned() -> None:
+    fq = fake(qn.QuantConfig.int8())
+    fq.observe([4.0])
+    fq.enable_observer()  # it is observing already
+    fq.observe([1.0])
+    fq([2.0])
+    assert fq.scale == np.float32(4 / 127)
+    fq.enable_observer()
+    assert not fq.params and not fq.has_scale
+    fq([1.0])
+    assert fq.scale == np.float32(1 / 127)
+
+
+def test_copies_go_their_own_way() -> None:
+    x = np.random.default_rng(8).standard_normal((4, 12)).astype(np.float32)
+    for config in (qn.QuantConfig.int8(), qn.QuantConfig.int4_per_group(4).asymmetric()):
+        for learnable in (False, True):
+            fq = fake(config, learnable)
+            fq(x)
+            for other in (copy.deepcopy(fq), pickle.loads(pickle.dumps(fq))):
+                ref.assert_same_bits(other(x), fq(x))
+                ref.assert_same_bits(other.backward(x), fq.backward(x))
+                assert str(other) == str(fq)
+                if learnable:
+                    other.params["scale"] *= 2
+                    assert np.array_equal(other.scale, 2 * fq.scale)
 
 
 def test_no_data_is_a_clear_error() -> None:

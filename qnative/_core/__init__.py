@@ -9,7 +9,7 @@ elementwise   count_nonfinite min_max quantize dequantize quantize_float8 dequan
               pack_nibbles unpack_nibbles squared_sums histogram_of_codes
 fake_quant    fake_quantize fake_quantize_backward
 floats        encode encode8 decode8 decode_bfloat16
-levels        level levels use_level
+levels        level usable_levels use_level
 linear        PackedLinear activate isa isas cpu_features
 """
 
@@ -27,7 +27,7 @@ from qnative._core.elementwise import (
 )
 from qnative._core.fake_quant import fake_quantize, fake_quantize_backward
 from qnative._core.floats import decode8, decode_bfloat16, encode, encode8
-from qnative._core.levels import level, levels, use_level
+from qnative._core.levels import level, usable_levels, use_level
 from qnative._core.linear import PackedLinear, activate, cpu_features, isa, isas
 
 __all__ = [
@@ -47,12 +47,12 @@ __all__ = [
     "isa",
     "isas",
     "level",
-    "levels",
     "min_max",
     "pack_nibbles",
     "quantize",
     "quantize_float8",
     "squared_sums",
     "unpack_nibbles",
+    "usable_levels",
     "use_level",
 ]

@@ -10,7 +10,7 @@ cdef int chosen_level() noexcept nogil:
     return CHOSEN
 
 
-def levels():
+def usable_levels():
     """Return {level: whether this CPU can run it}, worst first."""
     features = cpu_features()
     wide = all(features.get(name, False) for name in ("avx512f", "avx512bw", "avx512dq", "avx512vl"))
@@ -29,7 +29,7 @@ def use_level(str name not None):
     """
     global CHOSEN
     before = NAMES[CHOSEN]
-    usable = levels()
+    usable = usable_levels()
     if name not in usable:
         raise ValueError(f"{name!r} is not a level; choose one of {', '.join(NAMES)}")
     if not usable[name]:
