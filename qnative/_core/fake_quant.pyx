@@ -27,7 +27,6 @@ ctypedef fused real:
 
 cdef enum:
     LANES = 32
-    BLOCK = 2048  # elements: 8 KiB of x, which the first level cache holds
 
 cdef enum Pass:
     FORWARD
@@ -147,13 +146,17 @@ cdef inlined slope8(float x, float dy, float s, Float8 f, float *dx, float *d, f
 
 cdef inlined forward_run(
     const float *x, float *out, Py_ssize_t n, const float *s, const int32_t *z, const Task *t, bint is8, bint each,
-    bint zeros
+    bint zeros, uint32_t *top
 ) noexcept nogil:
     cdef Py_ssize_t i
     cdef Float8 f = t.format
     cdef int32_t low = t.low, high = t.high
     cdef float scale = s[0], lo = <float>(low - z[0]), hi = <float>(high - z[0]), y
+    cdef uint32_t bits, largest = top[0]
     for i in range(n):
+        memcpy(&bits, &x[i], 4)
+        bits &= 0x7FFFFFFFu  # ordered as the magnitudes are; NaN and Inf on top
+        largest = bits if bits > largest else largest
         if each:
             scale = s[i]
         if each and zeros:
@@ -163,16 +166,6 @@ cdef inlined forward_run(
             out[i] = y * scale
         else:
             decoded(x[i], scale, lo, hi, &out[i])
-
-
-cdef inlined largest_bits(const float *x, Py_ssize_t n, uint32_t *top) noexcept nogil:
-    """The bits of the largest magnitude: ordered as magnitudes are, NaN and Inf on top."""
-    cdef Py_ssize_t i
-    cdef uint32_t bits, largest = top[0]
-    for i in range(n):
-        memcpy(&bits, &x[i], 4)
-        bits &= 0x7FFFFFFFu
-        largest = bits if bits > largest else largest
     top[0] = largest
 
 
@@ -223,9 +216,8 @@ cdef inline double total(double *lanes) noexcept nogil:
 # A pass: the walk over the runs
 
 cdef inlined sweep(Task *t, bint is8, Pass kind) noexcept nogil:
-    """Forward, x is searched for NaN and Inf a block ahead of its use, whatever the length of the runs."""
     cdef Walk w = t.walk
-    cdef Py_ssize_t j, at, n, ahead, looked_at = 0
+    cdef Py_ssize_t j
     cdef double sums[LANES]
     cdef double outside[LANES]
     cdef const float *x
@@ -237,20 +229,12 @@ cdef inlined sweep(Task *t, bint is8, Pass kind) noexcept nogil:
     while next_run(&w):
         x, out, s, z = &t.x[w.start], &t.out[w.start], &t.scale[w.scale], &t.zero[w.scale]
         if kind == FORWARD:
-            at = 0
-            while at < w.count:
-                n = min(w.count - at, BLOCK)
-                if w.start + at >= looked_at:
-                    ahead = min(w.size - looked_at, BLOCK)
-                    largest_bits(&t.x[looked_at], ahead, &top)
-                    looked_at += ahead
-                if not w.step:
-                    forward_run(x + at, out + at, n, s, z, t, is8, False, False)
-                elif t.one_zero:
-                    forward_run(x + at, out + at, n, s + at, z + at, t, is8, True, False)
-                else:
-                    forward_run(x + at, out + at, n, s + at, z + at, t, is8, True, True)
-                at += n
+            if not w.step:
+                forward_run(x, out, w.count, s, z, t, is8, False, False, &top)
+            elif t.one_zero:
+                forward_run(x, out, w.count, s, z, t, is8, True, False, &top)
+            else:
+                forward_run(x, out, w.count, s, z, t, is8, True, True, &top)
             continue
         dy = &t.dy[w.start]
         if w.step and t.one_zero:
@@ -268,8 +252,6 @@ cdef inlined sweep(Task *t, bint is8, Pass kind) noexcept nogil:
             t.ds[w.scale] += total(sums)
             if kind == DX_DS_DZ:
                 t.dz[w.scale] += total(outside)
-    if kind == FORWARD:
-        largest_bits(&t.x[looked_at], w.size - looked_at, &top)
     t.nonfinite = top >= 0x7F800000u
 
 
