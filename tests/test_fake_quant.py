@@ -250,6 +250,37 @@ def test_float8_rounding_is_that_of_encode(dtype: str) -> None:
         ref.assert_same_bits(out, qn.decode(qn.encode(wide, dtype), dtype))
 
 
+@pytest.mark.parametrize(("dtype", "end"), [("float8_e4m3fn", 448.0), ("float8_e5m2", 57344.0)])
+def test_the_largest_value_itself_is_inside(dtype: str, end: float) -> None:
+    config = qn.QuantConfig(dtype)
+    beyond = np.nextafter(np.float32(end), np.float32(np.inf))
+    x = np.float32([end, -end, beyond, -beyond, 0])
+    for _ in every_level():
+        for learnable in (False, True):
+            fq = fake(config, learnable)
+            fq.set_qparams(qn.QParams(1.0, 0, dtype))
+            assert fq(x).tolist() == [end, -end, end, -end, 0]
+            assert fq.backward(np.ones(5)).tolist() == [1, 1, 0, 0, 1]
+            if learnable:
+                fq.backward(np.float32([1, 1, 0, 0, 1]))
+                assert fq.grads["scale"] == 0
+
+
+@pytest.mark.parametrize("odd", range(5))
+def test_one_zero_point_among_others_is_seen(odd: int) -> None:
+    config = qn.QuantConfig.int8_per_channel(-1).asymmetric()
+    zero = np.full(5, -40)
+    zero[odd] = 70
+    x = np.linspace(-200, 200, 200, dtype=np.float32).reshape(40, 5)
+    for _ in every_level():
+        fq = fake(config)
+        fq.set_qparams(qn.QParams(np.ones(5), zero, axis=-1))
+        ref.assert_same_bits(fq(x), expected_forward(x, np.ones(5), zero, config))
+        expected = ref.fake_quantize_backward(x, x, np.ones(5), zero, "int8", "asymmetric", -1)
+        ref.assert_same_bits(fq.backward(x), expected.dx)
+        assert_close(fq.grads["zero_point"], expected.dz, expected.dz_size, "dz")
+
+
 def test_nonfinite_is_told_wherever_it_is() -> None:
     one, zero = np.ones(1, np.float32), np.zeros(1, np.int32)
     for _ in every_level():
