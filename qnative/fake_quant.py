@@ -328,7 +328,6 @@ class FakeQuantize:
             raise ValueError(f"qparams' scale is not exact in {quant.scale_dtype}; round it first")
         self._observing = False
         self._qparams = qparams
-        self._forget_params()
         if self._config.learnable:
             self._take(qparams)
 
