@@ -356,7 +356,7 @@ def draw(traces: Mapping[str, Trace], path: Path) -> None:
             axes.set_ylim(bottom=0)
             axes.set_title(f"{name}: weight scales of layer {i + 1}", loc="left", fontsize=9)
             axes.set_xlabel("outputs, by their scale at the start", fontsize=8)
-            axes.legend(frameon=False, fontsize=8, loc="lower right")
+            axes.legend(frameon=False, fontsize=8, loc="best")
         inputs = np.array(trace.inputs)
         for i, colour in enumerate(colours):
             line[-1].plot(inputs[:, i] / inputs[0, i], color=colour, label=f"layer {i + 1}")

@@ -220,6 +220,8 @@ cdef inlined sweep(Task *t, bint is8, Pass kind) noexcept nogil:
     cdef Py_ssize_t j
     cdef double sums[LANES]
     cdef double outside[LANES]
+    cdef double *ds
+    cdef double *dz
     cdef const float *x
     cdef const float *dy
     cdef const float *s
@@ -237,10 +239,15 @@ cdef inlined sweep(Task *t, bint is8, Pass kind) noexcept nogil:
                 forward_run(x, out, w.count, s, z, t, is8, True, True, &top)
             continue
         dy = &t.dy[w.start]
+        ds = dz = NULL
+        if kind != DX:
+            ds = &t.ds[w.scale]
+        if kind == DX_DS_DZ:
+            dz = &t.dz[w.scale]
         if w.step and t.one_zero:
-            backward_lanes(x, dy, out, w.count, s, z, t, is8, True, False, kind, &t.ds[w.scale], &t.dz[w.scale])
+            backward_lanes(x, dy, out, w.count, s, z, t, is8, True, False, kind, ds, dz)
         elif w.step:
-            backward_lanes(x, dy, out, w.count, s, z, t, is8, True, True, kind, &t.ds[w.scale], &t.dz[w.scale])
+            backward_lanes(x, dy, out, w.count, s, z, t, is8, True, True, kind, ds, dz)
         elif kind == DX:
             backward_lanes(x, dy, out, w.count, s, z, t, is8, False, False, kind, NULL, NULL)
         else:
@@ -249,9 +256,9 @@ cdef inlined sweep(Task *t, bint is8, Pass kind) noexcept nogil:
                 if kind == DX_DS_DZ:
                     outside[j] = 0
             backward_run(x, dy, out, w.count, s, z, t, is8, kind, sums, outside)
-            t.ds[w.scale] += total(sums)
+            ds[0] += total(sums)
             if kind == DX_DS_DZ:
-                t.dz[w.scale] += total(outside)
+                dz[0] += total(outside)
     t.nonfinite = top >= 0x7F800000u
 
 
