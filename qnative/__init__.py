@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from qnative.elementwise import fake_quantize as fake_quantize
     from qnative.elementwise import quantize as quantize
     from qnative.elementwise import sqnr as sqnr
+    from qnative.fake_quant import FakeQuantize as FakeQuantize
     from qnative.floats import decode as decode
     from qnative.floats import encode as encode
     from qnative.linear import QuantizedLinear as QuantizedLinear
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
     from qnative.observers import CalibrationCollector as CalibrationCollector
     from qnative.observers import Observer as Observer
     from qnative.observers import make_observer as make_observer
+    from qnative.qat import QATLinear as QATLinear
+    from qnative.qat import tensor_from_torch as tensor_from_torch
     from qnative.report import LayerReport as LayerReport
     from qnative.report import compare as compare
     from qnative.stats import QuantStats as QuantStats
@@ -74,11 +77,13 @@ _NAMES = {
         "qparams_from_range",
     ),
     "elementwise": ("dequantize", "fake_quantize", "quantize", "sqnr"),
+    "fake_quant": ("FakeQuantize",),
     "floats": ("decode", "encode"),
     "linear": ("QuantizedLinear", "quantize_bias"),
     "conversion": ("quantize_model", "quantize_named_parameters"),
     "model": ("QuantizedModel", "quantization_stats"),
     "observers": ("CalibrationCollector", "Observer", "make_observer"),
+    "qat": ("QATLinear", "tensor_from_torch"),
     "report": ("LayerReport", "compare"),
     "stats": ("QuantStats",),
     "storage": ("FormatError",),

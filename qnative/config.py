@@ -389,6 +389,12 @@ class FakeQuantConfig:
     observer: ObserverMethod = ObserverMethod.MIN_MAX
     learnable: bool = False
 
+    if TYPE_CHECKING:  # what it takes; the fields are what it holds
+
+        def __init__(
+            self, quant: QuantConfig = ..., observer: ObserverMethod | str = ..., learnable: bool = False
+        ) -> None: ...
+
     def __post_init__(self) -> None:
         if not isinstance(self.quant, QuantConfig):
             raise TypeError(f"quant must be a QuantConfig, not {type(self.quant).__name__}")

@@ -274,12 +274,9 @@ def fake_quantize(
     into = _target(out, values.shape, wanted, values)
     into = into if wanted == np.float32 else None
     values = check_nan(values, nan, info)
-    if info.is_float:
-        codes = quantize_walk(values, info, granules, scales, zeros, low, high)
-        result = dequantize_walk(codes, info, granules, scales, zeros, into)
-    else:
-        result = np.empty(values.shape, np.float32) if into is None else into
-        _core.fake_quantize(values.reshape(-1), scales, zeros, granules.walk, low, high, result.reshape(-1))
+    result = np.empty(values.shape, np.float32) if into is None else into
+    float8 = info.name if info.is_float else None
+    _core.fake_quantize(values.reshape(-1), scales, zeros, granules.walk, low, high, float8, result.reshape(-1))
     return _deliver(cast_floats(result, wanted), out)
 
 

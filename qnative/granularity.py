@@ -24,7 +24,7 @@ class Granules(NamedTuple):
         Of the scales: ``()`` per tensor, ``(channels,)`` per channel, the array's with the axis divided per group.
     walk : tuple
         ``(outer, length, inner, block, per_outer, per_inner)``, as the native loops walk a C-contiguous array
-        (see ``_core/elementwise.pyx``).
+        (see ``_core/walk.pxd``).
     """
 
     shape: tuple[int, ...]
@@ -62,13 +62,20 @@ class Granules(NamedTuple):
         flat = np.ascontiguousarray(np.broadcast_to(values, self.shape), dtype=dtype)
         return flat.reshape(-1)
 
+    def counts(self) -> NDArray[np.int64]:
+        """Return how many elements share each scale, of the scales' shape."""
+        outer, length, inner, block, per_outer, per_inner = self.walk
+        along = np.minimum(block, length - np.arange(0, length, block))  # the last group may be shorter
+        each = along * (1 if per_outer else outer) * (1 if per_inner else inner)
+        shape = (outer if per_outer else 1, len(along), inner if per_inner else 1)
+        return np.broadcast_to(each[None, :, None], shape).reshape(self.shape)
 
-def nonfinite_error(bad: int, size: int) -> ValueError:
+
+def nonfinite_error(bad: int, size: int, remedy: str | None = None) -> ValueError:
     """Build the error for NaNs and infinities in data that is to be quantized."""
-    return ValueError(
-        f"{bad} of {size} values are NaN or infinite and have no code; clean the data, "
-        'or pass nan="zero" to quantize NaN as 0 and infinities as the ends of the range'
-    )
+    if remedy is None:
+        remedy = 'clean the data, or pass nan="zero" to quantize NaN as 0 and infinities as the ends of the range'
+    return ValueError(f"{bad} of {size} values are NaN or infinite and have no code; {remedy}")
 
 
 def block_min_max(x: ArrayLike, config: QuantConfig) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -226,9 +226,10 @@ class QuantizedLinear(_core.PackedLinear):
         codes: NDArray[np.uint8] | None = None,
         values: NDArray[np.float32] | None = None,
     ) -> None:
-        """Hand codes (or floats to be quantized), scales and zero points to the kernels in their terms: signed bytes,
-        unsigned nibbles.
-        """  # fmt: skip
+        """Hand the weights to the kernels in their terms: codes are signed bytes or unsigned nibbles.
+
+        Codes, or floats that are quantized on their way into the panels.
+        """
         config, info, (n, k) = self._config, self._config.info, self._shape
         bias_array = self._check_bias(bias)
         self._bias_dtype: np.dtype[Any] | None = None if bias_array is None else bias_array.dtype
@@ -515,9 +516,10 @@ def check_product(input_scale: ArrayLike, weight_scale: ArrayLike) -> NDArray[np
 
 
 def _row_parameters(weight: ArrayLike, config: QuantConfig) -> tuple[NDArray[np.float32], str, QParams] | None:
-    """Return weights as they can be packed without a tensor between, the name of their dtype, and the scales that
-    `quantize_tensor` gives them; None where they have to go that way: other formats and granularities, what is not finite.
-    """  # fmt: skip
+    """Return weights that can be packed without a tensor between, their dtype, and the scales that a tensor would have.
+
+    None where they have to go the long way: other formats and granularities, other floats, what is not finite.
+    """
     array = np.asarray(weight)
     if not isinstance(config, QuantConfig) or config.info.bits != 8 or config.info.is_float:
         return None

@@ -266,6 +266,64 @@ def dequantize(
         return np.asarray((array.astype(np.int64) - z).astype(np.float32) * s)
 
 
+class Gradients(NamedTuple):
+    """Of fake quantization: dx in float32; ds and dz in float64, with the size of what was summed for each."""
+
+    dx: F32
+    ds: F64
+    dz: F64
+    ds_size: F64
+    dz_size: F64
+
+
+def fake_quantize_backward(
+    x: F32,
+    dy: F32,
+    scale: ArrayLike,
+    zero_point: ArrayLike,
+    dtype: str,
+    mode: str,
+    axis: int | None = None,
+    group_size: int | None = None,
+) -> Gradients:
+    """Straight-through dx, and LSQ's gradients of scale and zero point, scaled by 1 / sqrt(N * quant_max).
+
+    The quotient, its distance d to the code and the products dy * d are float32, the sums float64. `zero_point` is a
+    float, used as clamp(rint(z)).
+    """
+    low, high = code_range(dtype, mode)
+    scale = np.asarray(scale, np.float32)
+    s = np.asarray(spread(scale, x.shape, axis, group_size), np.float32)
+    z = np.asarray(spread(np.clip(np.rint(np.asarray(zero_point, np.float64)), low, high), x.shape, axis, group_size))
+    with np.errstate(all="ignore"):
+        ratio = x / s
+        if is_float8(dtype):
+            inside = np.abs(ratio) <= np.float32(high)
+            value = decode(encode(np.clip(ratio, low, high), dtype), dtype)
+            d = np.where(inside, value - ratio, np.where(ratio > 0, np.float32(high), np.float32(low)))
+        else:
+            q = np.rint(ratio).astype(np.float64) + z
+            inside = (low <= q) & (q <= high)
+            d = np.where(inside, (q - z).astype(np.float32) - ratio, np.where(q < low, low - z, high - z))
+    assert not inside.any() or (value if is_float8(dtype) else ratio).dtype == np.float32
+    place = spread(np.arange(scale.size).reshape(scale.shape), x.shape, axis, group_size).ravel()
+
+    def sums(terms: NDArray[Any]) -> F64:
+        return np.asarray(np.bincount(place, terms.ravel(), minlength=scale.size).reshape(scale.shape), np.float64)
+
+    each = np.bincount(place, minlength=scale.size).reshape(scale.shape)
+    factor = 1.0 / np.sqrt(np.maximum(each, 1) * float(high))
+    slope = (dy * d.astype(np.float32)).astype(np.float64)
+    shift = np.where(inside, 0.0, -s.astype(np.float64) * dy)
+    return Gradients(
+        np.where(inside, dy, np.float32(0)),
+        sums(slope) * factor,
+        sums(shift) * factor,
+        sums(np.abs(slope)) * factor,
+        sums(np.abs(shift)) * factor,
+    )
+
+
 class Quantized(NamedTuple):
     """What `quantize_tensor` makes."""
 

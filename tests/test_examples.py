@@ -1,4 +1,4 @@
-"""The examples run: the glue of the encoder against float64, and the whole of it on the real checkpoint."""
+"""The examples run: the encoder's glue against float64, all of it on the real checkpoint; training on real digits."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,14 +26,30 @@ needs_model = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def minilm() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("minilm", EXAMPLES / "minilm.py")
+needs_digits = pytest.mark.skipif(
+    importlib.util.find_spec("sklearn") is None, reason="the digits are not installed: pip install scikit-learn"
+)
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["minilm"] = module  # dataclasses look their module up
+    sys.modules[name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def minilm() -> ModuleType:
+    return load("minilm")
+
+
+@pytest.fixture(scope="module")
+def qat_digits() -> ModuleType:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of its imports
+        return load("qat_digits")
 
 
 def test_sentences_are_many_and_different(minilm: ModuleType) -> None:
@@ -142,3 +159,80 @@ def test_short_form_of_the_demo(tmp_path: Path) -> None:
     assert rows["int8 per channel"]["mean_cosine"] > rows["fp8 per channel"]["mean_cosine"]
     assert rows["fp8 per channel"]["mean_cosine"] > rows["int4 per group of 32"]["mean_cosine"]
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+@needs_digits
+def test_gradients_of_the_digits_network(qat_digits: ModuleType) -> None:
+    """Cross-entropy, ReLU and the float layer, by central differences."""
+    rng = np.random.default_rng(3)
+    layers = [
+        qat_digits.Linear(rng.normal(size=(n, k)).astype(np.float32), rng.normal(size=n).astype(np.float32))
+        for k, n in ((5, 7), (7, 4))
+    ]
+    x, labels = rng.normal(size=(6, 5)).astype(np.float32), rng.integers(0, 4, 6)
+
+    def loss() -> float:
+        h = np.maximum(x @ layers[0].params["weight"].astype(np.float64).T + layers[0].params["bias"], 0)
+        scores = h @ layers[1].params["weight"].astype(np.float64).T + layers[1].params["bias"]
+        return float(np.mean(np.log(np.exp(scores).sum(axis=1)) - scores[np.arange(6), labels]))
+
+    assert qat_digits.train_step(layers, x, labels) == pytest.approx(loss(), rel=1e-5)
+    for layer in layers:
+        for name, gradient in layer.grads.items():
+            p = layer.params[name] = layer.params[name].astype(np.float64)
+            for i in np.ndindex(p.shape):
+                ends = []
+                for step in (1e-5, -2e-5):
+                    p[i] += step
+                    ends.append(loss())
+                p[i] += 1e-5
+                assert gradient[i] == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-3, abs=1e-5)
+
+
+@needs_digits
+def test_optimizers_find_a_minimum(qat_digits: ModuleType) -> None:
+    for optimizer, rate in ((qat_digits.SGD, 0.02), (qat_digits.Adam, 0.05)):
+        layer = qat_digits.Linear(np.float32([[3.0, -2.0]]), np.float32([1.0]))
+        steps = optimizer([layer])
+        for _ in range(400):
+            layer.grads = {
+                "weight": 2 * (layer.params["weight"] - np.float32([[1, 5]])),
+                "bias": layer.params["bias"].copy(),
+            }
+            steps.step(rate)
+        np.testing.assert_allclose(layer.params["weight"], [[1, 5]], atol=0.02)
+        np.testing.assert_allclose(layer.params["bias"], [0], atol=0.02)
+
+
+@needs_digits
+def test_digits_are_split_without_overlap_and_evenly(qat_digits: ModuleType) -> None:
+    data, other = qat_digits.split(0), qat_digits.split(1)
+    assert len(data.train_x) + len(data.test_x) == 1797 and len(data.test_x) == qat_digits.TEST_DIGITS
+    everything = np.concatenate([data.train_x, data.test_x])
+    assert len(np.unique(everything, axis=0)) == 1797
+    counts = np.bincount(data.test_labels)
+    assert len(counts) == 10 and counts.max() - counts.min() <= 5
+    assert not np.array_equal(data.test_x, other.test_x)
+    assert everything.min() >= 0 and everything.max() == 1
+
+
+@needs_digits
+def test_digits_that_fall_short_are_failures(qat_digits: ModuleType) -> None:
+    good = {"float32": 97.0, "int8 PTQ": 97.0, "int8 QAT": 96.9, "W4A4 PTQ": 96.0, "W4A4 QAT": 96.5}
+    assert qat_digits.failures([good, good]) == []
+    for key, bad in (("int8 QAT", 96.7), ("W4A4 QAT", 95.9), ("W4A4 PTQ", 96.5), ("W4A4 QAT", math.nan)):
+        assert qat_digits.failures([{**good, key: bad}])
+
+
+@needs_digits
+def test_short_form_of_the_training(tmp_path: Path) -> None:
+    picture = tmp_path / "made" / "scales.png"
+    command = [sys.executable, str(EXAMPLES / "qat_digits.py"), "--short", "--json", "--picture", str(picture)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(qnative.__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "RuntimeWarning" not in done.stderr
+    found = json.loads(done.stdout)["accuracies"]
+    assert len(found) == 1 and set(found[0]) == {"float32", "int8 PTQ", "int8 QAT", "W4A4 PTQ", "W4A4 QAT"}
+    assert all(value > 90 for value in found[0].values())
+    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 20_000

@@ -53,9 +53,13 @@ def test_tiles_of_every_size(n: int, isa: str) -> None:
         ref.assert_same_bits(layer._forward(inputs(m, 40), isa=isa), expected_tiles(m, n), f"{m} rows, {n} outputs")
 
 
-@pytest.mark.parametrize("output", [None, qn.QParams(np.float32(0.02), 3, "int8"), qn.QParams(np.float32(0.02), 9, "uint8")])
+INT8 = qn.QuantConfig.int8_per_channel()
+OUTPUTS = [None, qn.QParams(np.float32(0.02), 3, "int8"), qn.QParams(np.float32(0.02), 9, "uint8")]
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
 @pytest.mark.parametrize("activation", [None, "relu", "gelu"])
-@pytest.mark.parametrize("config", [qn.QuantConfig.int8_per_channel(), qn.QuantConfig.int8_per_channel().asymmetric()], ids=str)
+@pytest.mark.parametrize("config", [INT8, INT8.asymmetric()], ids=str)
 def test_tiles_with_every_epilogue(config: qn.QuantConfig, activation: str | None, output: Any, isa: str) -> None:
     for n in (47, 64, 100):
         layer = make(n, 33, config, activation=activation, output=output)
@@ -106,7 +110,7 @@ def test_static_rows_near_ties_and_at_the_ends_of_float32(scale: float, isa: str
     x[~np.isfinite(x)] = 1.0
     x[0, :8] = [np.inf, -np.inf, np.nan, 3.4e38, -3.4e38, 0.0, -0.0, 1e-45]
     with np.errstate(all="ignore"):
-        expected = ref.quantize(np.nan_to_num(x, nan=0.0, posinf=np.inf, neginf=-np.inf), np.float32(scale), 100, "uint8")
+        expected = ref.quantize(np.where(np.isnan(x), np.float32(0), x), np.float32(scale), 100, "uint8")
     codes = codes_of(x, isa, activations=params)[0]
     np.testing.assert_array_equal(codes, expected.astype(np.int64) - 100)
 
@@ -125,16 +129,17 @@ def test_an_infinity_or_nan_anywhere_in_a_row(k: int, isa: str) -> None:
 # Threads
 
 
-SHARED = [(1, 4096, 256), (1, 1024, 1024), (3, 700, 900), (8, 384, 1536), (64, 768, 768), (300, 512, 48), (513, 300, 17)]
-CONFIGS = [
-    qn.QuantConfig.int8_per_channel(), qn.QuantConfig.int8_per_channel().asymmetric(), qn.QuantConfig.int4_per_group(32),
-    qn.QuantConfig.fp8(),
+SHARED = [
+    (1, 4096, 256), (1, 1024, 1024), (3, 700, 900), (8, 384, 1536), (64, 768, 768), (300, 512, 48), (513, 300, 17),
 ]  # fmt: skip
+CONFIGS = [INT8, INT8.asymmetric(), qn.QuantConfig.int4_per_group(32), qn.QuantConfig.fp8()]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("shape", SHARED, ids=str)
-def test_the_number_of_threads_changes_no_bit(shape: tuple[int, int, int], config: qn.QuantConfig, threads: None) -> None:
+def test_the_number_of_threads_changes_no_bit(
+    shape: tuple[int, int, int], config: qn.QuantConfig, threads: None
+) -> None:
     m, k, n = shape
     layer, x = make(n, k, config), inputs(m, k)
     _core.set_num_threads(1)
@@ -145,7 +150,10 @@ def test_the_number_of_threads_changes_no_bit(shape: tuple[int, int, int], confi
             ref.assert_same_bits(layer(x), alone, f"{count} threads")
 
 
-@given(st.integers(1, 600), st.integers(1, 300), st.integers(1, 300), st.integers(1, 6), st.sampled_from(USABLE), st.data())
+SIZES = st.integers(1, 300)
+
+
+@given(st.integers(1, 600), SIZES, SIZES, st.integers(1, 6), st.sampled_from(USABLE), st.data())
 def test_any_shape_threads_kernel_and_part_of_a_batch(
     m: int, k: int, n: int, count: int, isa: str, data: st.DataObject
 ) -> None:
@@ -222,8 +230,8 @@ def test_out_between_the_rows_of_x_is_refused() -> None:
 
 
 PACKED = [
-    qn.QuantConfig.int8(), qn.QuantConfig.int8().asymmetric(), qn.QuantConfig.int8_per_channel(),
-    qn.QuantConfig.int8_per_channel().asymmetric(), qn.QuantConfig("uint8", granularity="per_channel", axis=0),
+    qn.QuantConfig.int8(), qn.QuantConfig.int8().asymmetric(), INT8, INT8.asymmetric(),
+    qn.QuantConfig("uint8", granularity="per_channel", axis=0),
     qn.QuantConfig("uint8", mode="asymmetric", granularity="per_channel", axis=-2),
     qn.QuantConfig("int8", granularity="per_channel", axis=0, scale_dtype="float16"),
 ]  # fmt: skip

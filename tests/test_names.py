@@ -78,10 +78,6 @@ def test_every_prior_name_is_in_the_table() -> None:
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
 def test_every_counterpart_exists(row: list[str]) -> None:
-    if row[1] == "planned":
-        # Only names of quantization-aware training may wait.
-        assert re.match(r"`(FakeQuantize|QatLayer)\b", row[0])
-        return
     target = re.fullmatch(r"`qn\.([\w.]+)`", row[1])
     assert target, row
     value: object = qn

@@ -5,9 +5,11 @@ read-only, outputs are allocated by the caller and written in full. Sizes are ch
 and a wrong one raises ValueError; meaning (which dtype, which range, what message a user needs) is Python's.
 Long loops run without the GIL.
 
-elementwise   count_nonfinite min_max quantize dequantize fake_quantize quantize_float8 dequantize_float8
+elementwise   count_nonfinite min_max quantize dequantize quantize_float8 dequantize_float8
               pack_nibbles unpack_nibbles squared_sums histogram_of_codes
+fake_quant    fake_quantize fake_quantize_backward
 floats        encode encode8 decode8 decode_bfloat16
+levels        level usable_levels use_level
 linear        PackedLinear activate isa isas cpu_features row_ranges scratch_kept
 limits        compute_loops run_compute_loop read_loops run_read_loop read_float32
 threads       MAX_THREADS get_num_threads set_num_threads set_default_threads (compiled as qnative_threads)
@@ -17,7 +19,6 @@ from qnative._core.elementwise import (
     count_nonfinite,
     dequantize,
     dequantize_float8,
-    fake_quantize,
     histogram_of_codes,
     min_max,
     pack_nibbles,
@@ -26,7 +27,9 @@ from qnative._core.elementwise import (
     squared_sums,
     unpack_nibbles,
 )
+from qnative._core.fake_quant import fake_quantize, fake_quantize_backward
 from qnative._core.floats import decode8, decode_bfloat16, encode, encode8
+from qnative._core.levels import level, usable_levels, use_level
 from qnative._core.limits import compute_loops, read_float32, read_loops, run_compute_loop, run_read_loop
 from qnative._core.linear import PackedLinear, activate, cpu_features, isa, isas, row_ranges, scratch_kept
 from qnative._core.qnative_threads import MAX_THREADS, get_num_threads, set_default_threads, set_num_threads
@@ -45,10 +48,12 @@ __all__ = [
     "encode",
     "encode8",
     "fake_quantize",
+    "fake_quantize_backward",
     "get_num_threads",
     "histogram_of_codes",
     "isa",
     "isas",
+    "level",
     "min_max",
     "pack_nibbles",
     "quantize",
@@ -63,4 +68,6 @@ __all__ = [
     "set_num_threads",
     "squared_sums",
     "unpack_nibbles",
+    "usable_levels",
+    "use_level",
 ]

@@ -23,10 +23,12 @@ __all__ = [
     "encode",
     "encode8",
     "fake_quantize",
+    "fake_quantize_backward",
     "get_num_threads",
     "histogram_of_codes",
     "isa",
     "isas",
+    "level",
     "min_max",
     "pack_nibbles",
     "quantize",
@@ -41,6 +43,8 @@ __all__ = [
     "set_num_threads",
     "squared_sums",
     "unpack_nibbles",
+    "usable_levels",
+    "use_level",
 ]
 
 def count_nonfinite(x: _Float) -> int: ...
@@ -69,7 +73,21 @@ def fake_quantize(
     layout: _Walk,
     low: int,
     high: int,
+    float8: str | None,
     out: NDArray[np.float32],
+) -> bool: ...
+def fake_quantize_backward(
+    x: NDArray[np.float32],
+    dy: NDArray[np.float32],
+    scale: NDArray[np.float32],
+    zero: NDArray[np.int32],
+    layout: _Walk,
+    low: int,
+    high: int,
+    float8: str | None,
+    dx: NDArray[np.float32],
+    ds: NDArray[np.float64] | None = None,
+    dz: NDArray[np.float64] | None = None,
 ) -> None: ...
 def quantize_float8(
     x: _Float, scale: NDArray[np.float32], layout: _Walk, dtype: str, out: NDArray[np.uint8]
@@ -85,6 +103,9 @@ def encode(x: _Float, dtype: str, saturate: bool, out: NDArray[np.uint16]) -> No
 def encode8(x: _Float, dtype: str, saturate: bool, out: NDArray[np.uint8]) -> None: ...
 def decode8(codes: NDArray[np.uint8], dtype: str, out: NDArray[np.float32]) -> None: ...
 def decode_bfloat16(codes: NDArray[np.uint16], out: NDArray[np.float32]) -> None: ...
+def level() -> str: ...
+def usable_levels() -> dict[str, bool]: ...
+def use_level(name: str) -> str: ...
 def isa() -> str: ...
 def isas() -> dict[str, bool]: ...
 def cpu_features() -> dict[str, bool]: ...

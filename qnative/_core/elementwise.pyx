@@ -1,14 +1,7 @@
 # cython: boundscheck=False
-"""Quantize, dequantize, fake-quantize and find ranges: one element rule each, and one walk over the scales.
+"""Quantize, dequantize and find ranges: one element rule each, and one walk over the scales.
 
-a) Every granularity is one walk. A C-contiguous array is seen as [outer, length, inner]; along `length`, `block`
-   consecutive indices share scales. A scale's index is
-       ((o if per_outer else 0) * blocks + l // block) * (inner if per_inner else 1) + (i if per_inner else 0)
-       per tensor   outer 1, length 1, inner n,  block 1              one scale
-       per channel  axis in the middle: block 1                       a scale each l
-                    axis last: length 1, inner n, per_inner           a scale each i, the same for every o
-       per group    block = group size, per_outer; per_inner when the axis is not the last
-   `next_run` cuts the walk into runs of memory whose scale is constant, or advances by one each element.
+a) Every granularity is one walk (see `walk.pxd`).
 b) Python has checked and coerced; these functions check again every size that guards a pointer.
 c) The element rules clamp in floating point, before the conversion to an integer, so that no conversion overflows.
 """
@@ -18,65 +11,11 @@ from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from qnative._core.floats cimport Format, decode_table, encode_one, format_of
-
-cdef extern from "Python.h":
-    const Py_ssize_t PY_SSIZE_T_MAX
+from qnative._core.walk cimport Walk, check_sizes, new_walk, next_run
 
 ctypedef fused real:
     float
     double
-
-
-cdef struct Walk:
-    Py_ssize_t outer, length, inner, block, blocks
-    bint per_outer, per_inner
-    Py_ssize_t size, scales
-    # the run at hand
-    Py_ssize_t o, l
-    Py_ssize_t start, count, scale
-    Py_ssize_t step  # 0: one scale for the run; 1: a scale each element
-
-
-cdef Walk new_walk(tuple layout) except *:
-    cdef Walk w
-    w.outer, w.length, w.inner, w.block, w.per_outer, w.per_inner = layout
-    if w.outer < 0 or w.length < 0 or w.inner < 0 or not 1 <= w.block <= max(w.length, 1):
-        raise ValueError(f"not a layout: {layout}")
-    if layout[0] * layout[1] * layout[2] > PY_SSIZE_T_MAX:  # Python's integers: they do not wrap
-        raise ValueError(f"a layout of more elements than memory has addresses: {layout}")
-    w.blocks = (w.length + w.block - 1) // w.block
-    w.size = w.outer * w.length * w.inner
-    w.scales = (w.outer if w.per_outer else 1) * w.blocks * (w.inner if w.per_inner else 1)
-    w.o = w.l = w.start = w.count = w.scale = 0
-    w.step = 1 if w.per_inner else 0
-    return w
-
-
-cdef bint next_run(Walk *w) noexcept nogil:
-    """Move to the next run; False when there is none."""
-    cdef Py_ssize_t block_end
-    w.start += w.count
-    if w.l == w.length:
-        w.l = 0
-        w.o += 1
-    if w.size == 0 or w.o == w.outer:
-        return False
-    w.scale = ((w.o if w.per_outer else 0) * w.blocks + w.l // w.block) * (w.inner if w.per_inner else 1)
-    if w.per_inner:
-        w.count = w.inner
-        w.l += 1
-    else:
-        block_end = min(w.l + w.block - w.l % w.block, w.length)
-        w.count = (block_end - w.l) * w.inner
-        w.l = block_end
-    return True
-
-
-cdef check(const Walk *w, Py_ssize_t size, Py_ssize_t out_size, Py_ssize_t scales, Py_ssize_t zeros):
-    if size != w.size or out_size != w.size:
-        raise ValueError(f"layout of {w.size} elements, input of {size}, output of {out_size}")
-    if scales != w.scales or zeros != w.scales:
-        raise ValueError(f"layout of {w.scales} scales, got {scales} scales and {zeros} zero points")
 
 
 # Element rules
@@ -167,7 +106,7 @@ def min_max(const real[::1] x not None, tuple layout, real[::1] low not None, re
     cdef real *low_at
     cdef real *high_at
     cdef const real *run
-    check(&w, x.shape[0], x.shape[0], low.shape[0], high.shape[0])
+    check_sizes(&w, x.shape[0], x.shape[0], low.shape[0], high.shape[0])
     with nogil:
         while next_run(&w):
             run = &x[w.start]
@@ -197,7 +136,7 @@ def quantize(
     cdef const int32_t *z
     cdef float s0
     cdef int32_t z0
-    check(&w, x.shape[0], out.shape[0], scale.shape[0], zero.shape[0])
+    check_sizes(&w, x.shape[0], out.shape[0], scale.shape[0], zero.shape[0])
     with nogil:
         while next_run(&w):
             run, to, s, z = &x[w.start], &out[w.start], &scale[w.scale], &zero[w.scale]
@@ -224,7 +163,7 @@ def dequantize(
     cdef int32_t flip = 0x80 if is_signed else 0  # (code ^ 0x80) - 0x80 reads a byte as int8
     cdef float s0
     cdef int32_t z0
-    check(&w, codes.shape[0], out.shape[0], scale.shape[0], zero.shape[0])
+    check_sizes(&w, codes.shape[0], out.shape[0], scale.shape[0], zero.shape[0])
     with nogil:
         while next_run(&w):
             run, to, s, z = &codes[w.start], &out[w.start], &scale[w.scale], &zero[w.scale]
@@ -237,36 +176,6 @@ def dequantize(
                     to[i] = <float>((run[i] ^ flip) - flip - z[i]) * s[i]
 
 
-def fake_quantize(
-    const real[::1] x not None, const float[::1] scale not None, const int32_t[::1] zero not None, tuple layout,
-    int32_t low, int32_t high, float[::1] out not None,
-):
-    """Write (clamp(rint(x / scale) + zero, low, high) - zero) * scale in float32; NaN becomes 0.
-
-    The sum with 0.0 is there because compilers may turn the conversion to an integer and back into a truncation, which
-    would let a negative zero through.
-    """
-    cdef Walk w = new_walk(layout)
-    cdef Py_ssize_t i
-    cdef const real *run
-    cdef float *to
-    cdef const float *s
-    cdef const int32_t *z
-    cdef float s0
-    cdef int32_t z0
-    check(&w, x.shape[0], out.shape[0], scale.shape[0], zero.shape[0])
-    with nogil:
-        while next_run(&w):
-            run, to, s, z = &x[w.start], &out[w.start], &scale[w.scale], &zero[w.scale]
-            if w.step == 0:
-                s0, z0 = s[0], z[0]
-                for i in range(w.count):
-                    to[i] = (<float>(quantize_one(run[i], s0, z0, low, high) - z0) + 0.0) * s0
-            else:
-                for i in range(w.count):
-                    to[i] = (<float>(quantize_one(run[i], s[i], z[i], low, high) - z[i]) + 0.0) * s[i]
-
-
 def quantize_float8(
     const real[::1] x not None, const float[::1] scale not None, tuple layout, str dtype, uint8_t[::1] out not None,
 ):
@@ -277,7 +186,7 @@ def quantize_float8(
     cdef const real *run
     cdef uint8_t *to
     cdef const float *s
-    check(&w, x.shape[0], out.shape[0], scale.shape[0], scale.shape[0])
+    check_sizes(&w, x.shape[0], out.shape[0], scale.shape[0], scale.shape[0])
     with nogil:
         while next_run(&w):
             run, to, s = &x[w.start], &out[w.start], &scale[w.scale]
@@ -296,7 +205,7 @@ def dequantize_float8(
     cdef const uint8_t *run
     cdef float *to
     cdef const float *s
-    check(&w, codes.shape[0], out.shape[0], scale.shape[0], scale.shape[0])
+    check_sizes(&w, codes.shape[0], out.shape[0], scale.shape[0], scale.shape[0])
     with nogil:
         while next_run(&w):
             run, to, s = &codes[w.start], &out[w.start], &scale[w.scale]

@@ -1,0 +1,44 @@
+"""The same loop for several instruction levels, one of them chosen at import.
+
+A loop is written once, as a function of type `inlined`, and instantiated in one function a level, each of which does
+nothing but call it:
+
+    cdef inlined loop(Task *task) noexcept nogil: ...
+    cdef at_baseline loop_baseline(Task *task) noexcept nogil: loop(task)
+    cdef at_avx2     loop_avx2(Task *task)     noexcept nogil: loop(task)
+    cdef at_avx512   loop_avx512(Task *task)   noexcept nogil: loop(task)
+
+The types are void with the attributes that make a C compiler do this (so results go through pointers); what is called
+within must be `inlined` too. Nothing here lets a compiler fuse, reorder or approximate, so every level computes the
+same bits. Compilers and machines that have no such attribute get the baseline three times.
+"""
+
+cdef extern from *:
+    """
+    #if defined(__GNUC__) || defined(__clang__)
+    #define QN_INLINED inline __attribute__((always_inline))
+    #else
+    #define QN_INLINED inline
+    #endif
+    #if defined(__x86_64__) && defined(__clang__)
+    #define QN_AT_AVX2 __attribute__((target("avx2")))
+    #define QN_AT_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
+    #elif defined(__x86_64__) && defined(__GNUC__)
+    #define QN_AT_AVX2 __attribute__((target("avx2")))
+    #define QN_AT_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")))
+    #else
+    #define QN_AT_AVX2
+    #define QN_AT_AVX512
+    #endif
+    """
+    ctypedef void inlined "QN_INLINED void"
+    ctypedef void at_baseline "void"
+    ctypedef void at_avx2 "QN_AT_AVX2 void"
+    ctypedef void at_avx512 "QN_AT_AVX512 void"
+
+cdef enum:
+    BASELINE
+    AVX2
+    AVX512
+
+cdef int chosen_level() noexcept nogil

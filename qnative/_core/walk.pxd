@@ -1,0 +1,72 @@
+"""One walk over an array for every granularity of the scales: shared by the loops of elementwise and fake_quant.
+
+A C-contiguous array is seen as [outer, length, inner]; along `length`, `block` consecutive indices share scales. A
+scale's index is
+    ((o if per_outer else 0) * blocks + l // block) * (inner if per_inner else 1) + (i if per_inner else 0)
+    per tensor   outer 1, length 1, inner n,  block 1              one scale
+    per channel  axis in the middle: block 1                       a scale each l
+                 axis last: length 1, inner n, per_inner           a scale each i, the same for every o
+    per group    block = group size, per_outer; per_inner when the axis is not the last
+`next_run` cuts the walk into runs of memory whose scale is constant, or advances by one each element.
+"""
+
+cdef extern from "Python.h":
+    const Py_ssize_t PY_SSIZE_T_MAX
+
+
+cdef struct Walk:
+    Py_ssize_t outer, length, inner, block, blocks
+    bint per_outer, per_inner
+    Py_ssize_t size, scales
+    # the run at hand
+    Py_ssize_t o, l, b  # where the next one begins: outer index, index along length, block
+    Py_ssize_t start, count, scale
+    Py_ssize_t step  # 0: one scale for the run; 1: a scale each element
+
+
+cdef inline Walk new_walk(tuple layout) except *:
+    cdef Walk w
+    w.outer, w.length, w.inner, w.block, w.per_outer, w.per_inner = layout
+    if w.outer < 0 or w.length < 0 or w.inner < 0 or not 1 <= w.block <= max(w.length, 1):
+        raise ValueError(f"not a layout: {layout}")
+    if layout[0] * layout[1] * layout[2] > PY_SSIZE_T_MAX:  # Python's integers: they do not wrap
+        raise ValueError(f"a layout of more elements than memory has addresses: {layout}")
+    w.blocks = (w.length + w.block - 1) // w.block
+    w.size = w.outer * w.length * w.inner
+    w.scales = (w.outer if w.per_outer else 1) * w.blocks * (w.inner if w.per_inner else 1)
+    w.o = w.l = w.b = w.start = w.count = w.scale = 0
+    w.step = 1 if w.per_inner else 0
+    return w
+
+
+cdef inline bint next_run(Walk *w) noexcept nogil:
+    """Move to the next run; False when there is none."""
+    cdef Py_ssize_t end
+    w.start += w.count
+    if w.l == w.length:
+        w.l = w.b = 0
+        w.o += 1
+    if w.size == 0 or w.o == w.outer:
+        return False
+    w.scale = (w.o * w.blocks if w.per_outer else 0) + w.b
+    end = min((w.b + 1) * w.block, w.length)
+    if w.per_inner:
+        w.scale *= w.inner
+        w.count = w.inner
+        w.l += 1
+    else:
+        w.count = (end - w.l) * w.inner
+        w.l = end
+    if w.l == end:
+        w.b += 1
+    return True
+
+
+cdef inline int check_sizes(
+    const Walk *w, Py_ssize_t size, Py_ssize_t out_size, Py_ssize_t scales, Py_ssize_t zeros
+) except -1:
+    if size != w.size or out_size != w.size:
+        raise ValueError(f"layout of {w.size} elements, input of {size}, output of {out_size}")
+    if scales != w.scales or zeros != w.scales:
+        raise ValueError(f"layout of {w.scales} scales, got {scales} scales and {zeros} zero points")
+    return 0
