@@ -149,7 +149,7 @@ static void layer_row(const qn_call *c, const qn_rows *rows, int64_t row, int64_
 
 enum {
     TILE_ROWS = 6,
-    LAYER_ROWS = 16 * TILE_ROWS, /* that share the work of widening weights */
+    LAYER_ROWS = 43 * TILE_ROWS, /* that share the work of widening weights: all of a block */
     WIDENED_K = 1024            /* k of half a panel that is widened at a time: it stays in the L1 cache beside a tile's rows */
 };
 
@@ -167,8 +167,14 @@ static void layer_half_panel(const qn_call *c, const qn_rows *rows, int64_t row,
             _mm256_store_si256((__m256i *)(words + i * 16), widen_signed(from));
             _mm256_store_si256((__m256i *)(words + i * 16 + 32), widen_signed(from + 16));
         }
+        /* What is widened next: a share of it is asked for beside each tile. */
+        int ends = piece.last && column + QN_NR >= w->n;
+        const uint8_t *next = ends ? codes : piece.last ? codes + w->panel_bytes : codes + (k0 + WIDENED_K) * QN_NR;
+        int64_t left = ends ? 0 : piece.last ? w->group_k : w->group_k - k0 - WIDENED_K, asked = 0;
+        int64_t lines = qn_min64(WIDENED_K, left) / QN_KR;
         for (int tile = 0, done = 0; tile < tiles; tile++) { /* tiles of nearly the same size */
             int some = (count - done + tiles - tile - 1) / (tiles - tile);
+            for (; asked < lines * (tile + 1) / tiles; asked++) _mm_prefetch((const char *)next + asked * 64, _MM_HINT_T1);
             piece.a = rows->a + (row + done) * rows->a_stride + k0 * QN_A_BYTES;
             layer_rows(WORDS, c, rows, row + done, some, column, &piece, carried + done);
             done += some;
