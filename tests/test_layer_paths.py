@@ -131,6 +131,7 @@ def test_an_infinity_or_nan_anywhere_in_a_row(k: int, isa: str) -> None:
 
 SHARED = [
     (1, 4096, 256), (1, 1024, 1024), (3, 700, 900), (8, 384, 1536), (64, 768, 768), (300, 512, 48), (513, 300, 17),
+    (5000, 4, 1),
 ]  # fmt: skip
 CONFIGS = [INT8, INT8.asymmetric(), qn.QuantConfig.int4_per_group(32), qn.QuantConfig.fp8()]
 

@@ -414,16 +414,21 @@ def test_the_gil_is_released() -> None:
             pass
 
     assert not other_thread_ran_during(busy)  # the test can fail
-    x, out = np.ones((256, 1024), np.float32), np.empty((256, 1024), np.float32)
-    for config, activations in ((qn.QuantConfig.int8_per_channel(), "dynamic"), (qn.QuantConfig.fp8(), "float")):
-        layer = qn.QuantizedLinear.from_float(matrix(31, 1024, 1024), None, config, activations)
+    int8, fp8 = qn.QuantConfig.int8_per_channel(), qn.QuantConfig.fp8()
+    # The last two hardly multiply: what takes time is their many rows.
+    for config, activations, (m, k, n) in (
+        (int8, "dynamic", (256, 1024, 1024)), (fp8, "float", (256, 1024, 1024)),
+        (int8, "dynamic", (20000, 4, 1)), (int8, "float", (20000, 4, 1)),
+    ):  # fmt: skip
+        layer = qn.QuantizedLinear.from_float(matrix(31, n, k), None, config, activations)
+        x, out = np.ones((m, k), np.float32), np.empty((m, n), np.float32)
 
-        def run(layer: Any = layer) -> None:
+        def run(layer: Any = layer, x: Any = x, out: Any = out) -> None:
             end = time.perf_counter() + 0.2
             while time.perf_counter() < end:
                 layer(x, out=out)
 
-        assert other_thread_ran_during(run)
+        assert other_thread_ran_during(run), (config, activations, (m, k, n))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
