@@ -470,6 +470,25 @@ def test_blocks_in_many_threads_leave_nothing() -> None:
     assert qn.get_num_threads() == 8
 
 
+def test_an_interrupt_while_the_default_is_looked_for_is_not_lost() -> None:
+    assert native("""
+import numpy as np, qnative as qn
+from qnative import cpus
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # who starts us in the background has it ignored
+def interrupted(root="/"):
+    raise KeyboardInterrupt
+cpus.available, found = interrupted, cpus.available
+try:
+    qn.QuantizedLinear.from_float(np.ones((4, 4), np.float32))
+    time.sleep(5)
+except KeyboardInterrupt:
+    print("heard")
+cpus.available = found
+print(qn.get_num_threads() == found())
+""").split() == ["heard", "True"]
+
+
 # QNATIVE_NUM_THREADS
 
 SHOW = "import qnative as qn; print(qn.get_num_threads())"

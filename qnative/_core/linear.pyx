@@ -200,9 +200,13 @@ cdef class PackedLinear:
         memset(&self.call, 0, sizeof(self.call))
 
     def __dealloc__(self):
+        self.release()
+
+    cdef void release(self) noexcept:
         if self.w.data is not NULL:
             PyTraceMalloc_Untrack(TRACE_DOMAIN, <uintptr_t>self.w.data)
             qn_weights_free(self.w.data)
+            self.w.data = NULL
 
     def _pack(
         self, const uint8_t[:, ::1] codes, const float[:, ::1] values, int64_t k, int64_t group,
@@ -282,7 +286,7 @@ cdef class PackedLinear:
         w.data = qn_weights_allocate(w.panels * w.panel_bytes)
         if w.data is NULL:
             raise MemoryError(f"{w.panels * w.panel_bytes} bytes for packed weights")
-        self.w = w  # from here on __dealloc__ frees it
+        self.w = w  # from here on `release` frees it
         PyTraceMalloc_Track(TRACE_DOMAIN, <uintptr_t>w.data, w.panels * w.panel_bytes)
         if w.n == 0:
             return
@@ -302,6 +306,7 @@ cdef class PackedLinear:
         with nogil:
             packed = qn_pack(CHOSEN, &self.w, &source, pool_threads_for(w.n * k * PACK_PS // 1000), pool_run)
         if not packed:
+            self.release()  # half a matrix is none
             raise MemoryError(f"{QN_NR * k} bytes to pack a panel with")
 
     @property
