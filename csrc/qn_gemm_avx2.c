@@ -71,7 +71,7 @@ QN_INLINE void multiply(const int R, const weight_form form, int64_t k, const ui
     for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = _mm256_setzero_si256();
     row_pointers rows = {{a, a + 3 * a_stride}, a_stride};
     __asm__("" : "+r"(rows.a[1])); /* kept, not computed anew */
-    for (const uint8_t *end = a + k * QN_A_BYTES; rows.a[0] < end; b += 64) {
+    for (const uint8_t *end = a + k * QN_A_BYTES; rows.a[0] < end; b += form == NIBBLES ? 64 : 128) { /* two k-steps */
         if (form == NIBBLES) {
             __m128i first = _mm_loadu_si128((const __m128i *)b), last = _mm_loadu_si128((const __m128i *)(b + 16));
             multiply_step(R, sum, &rows, 0, _mm256_cvtepu8_epi16(_mm_and_si128(first, low_nibble)),
@@ -79,13 +79,17 @@ QN_INLINE void multiply(const int R, const weight_form form, int64_t k, const ui
             multiply_step(R, sum, &rows, 4 * QN_A_BYTES,
                           _mm256_cvtepu8_epi16(_mm_and_si128(_mm_srli_epi16(first, 4), low_nibble)),
                           _mm256_cvtepu8_epi16(_mm_and_si128(_mm_srli_epi16(last, 4), low_nibble)));
-        } else if (form == WORDS) {
-            multiply_step(R, sum, &rows, 0, _mm256_load_si256((const __m256i *)b), _mm256_load_si256((const __m256i *)b + 1));
         } else {
-            multiply_step(R, sum, &rows, 0, widen_signed(b), widen_signed(b + 16));
+#pragma GCC unroll 2
+            for (int step = 0; step < 2; step++) {
+                const uint8_t *w = b + 64 * step;
+                multiply_step(R, sum, &rows, 4 * QN_A_BYTES * step,
+                              form == WORDS ? _mm256_load_si256((const __m256i *)w) : widen_signed(w),
+                              form == WORDS ? _mm256_load_si256((const __m256i *)w + 1) : widen_signed(w + 16));
+            }
         }
-        rows.a[0] += (form == NIBBLES ? 8 : 4) * QN_A_BYTES;
-        rows.a[1] += (form == NIBBLES ? 8 : 4) * QN_A_BYTES;
+        rows.a[0] += 8 * QN_A_BYTES;
+        rows.a[1] += 8 * QN_A_BYTES;
     }
 #pragma GCC unroll 6
     for (int r = 0; r < R; r++) out[r] = (VU)add_pairs(sum[r][0], sum[r][1]);

@@ -75,6 +75,9 @@ QN_INLINE __m512i broadcast_step(const uint8_t *p) {
     return _mm512_set1_epi32(step);
 }
 
+/* sum += products. As assembly, since gcc otherwise swaps registers of sums between two steps of a loop. */
+QN_INLINE void add_products(VU *sum, __m512i x, __m512i w) { __asm__("vpdpbusd %2, %1, %0" : "+v"(*sum) : "v"(x), "v"(w)); }
+
 /* Addresses of a tile's rows: a[0] + (0..3) * stride and a[1] + (0..3) * stride, which x86 computes within the load from
  * four registers; from a pointer a row compilers run out of registers. */
 typedef struct { const uint8_t *a[2]; int64_t stride, stride3; } row_pointers;
@@ -96,7 +99,7 @@ QN_INLINE void multiply_step(const int R, const int P, VU sum[][COLUMN_VECTORS],
     for (int r = 0; r < R; r++) {
         __m512i x = broadcast_step(pointer_of_row(rows, r) + at);
 #pragma GCC unroll 8
-        for (int p = 0; p < P; p++) sum[r][p] = (VU)_mm512_dpbusd_epi32((__m512i)sum[r][p], x, w[p]);
+        for (int p = 0; p < P; p++) add_products(&sum[r][p], x, w[p]);
     }
 }
 
@@ -111,10 +114,11 @@ QN_INLINE void multiply(const int R, const int P, const int int4, int64_t k, con
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
         for (int p = 0; p < P; p++) sum[r][p] = vu_splat(0);
-    for (const uint8_t *end = a + k; rows.a[0] < end; b += 64) {
+    for (const uint8_t *end = a + k; rows.a[0] < end; b += int4 ? 64 : 128) { /* two k-steps */
         if (asks) {
             _mm_prefetch((const char *)ahead, _MM_HINT_T1);
-            ahead += 64;
+            _mm_prefetch((const char *)ahead + 64, _MM_HINT_T1);
+            ahead += 128;
         }
 #pragma GCC unroll 8
         for (int p = 0; p < P; p++) {
@@ -125,9 +129,13 @@ QN_INLINE void multiply(const int R, const int P, const int int4, int64_t k, con
             }
         }
         multiply_step(R, P, sum, &rows, 0, w);
-        if (int4) multiply_step(R, P, sum, &rows, 4, odd);
-        rows.a[0] += int4 ? 8 : 4;
-        rows.a[1] += int4 ? 8 : 4;
+        if (!int4) {
+#pragma GCC unroll 8
+            for (int p = 0; p < P; p++) odd[p] = _mm512_loadu_si512(b + 64 + p * panel_bytes);
+        }
+        multiply_step(R, P, sum, &rows, 4, odd);
+        rows.a[0] += 8;
+        rows.a[1] += 8;
     }
 }
 
