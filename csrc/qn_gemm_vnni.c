@@ -11,10 +11,10 @@
 #include <math.h>
 #include <string.h>
 #ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,prfchw"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,prfchw")
 #endif
 
 #define QN_W 16
@@ -185,6 +185,7 @@ QN_INLINE void layer_tile_fixed(const int R, const int P, const qn_call *c, cons
     const qn_weights *w = c->w;
     const uint8_t *a = rows->a + row * rows->a_stride, *b = w->data + panel * w->panel_bytes + w->codes_at;
     VU sum[QN_TILE_ROWS][COLUMN_VECTORS];
+    ask_for_outputs(R, P * QN_NR, c, rows, row, panel * QN_NR);
     multiply(R, P, 0, w->group_k, a, rows->a_stride, b, w->panel_bytes, 1, ahead, sum);
     finish_tile(R, P, c, rows, row, panel * QN_NR, sum);
 }
