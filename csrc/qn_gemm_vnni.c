@@ -139,9 +139,14 @@ QN_INLINE void multiply(const int R, const int P, const int int4, int64_t k, con
     }
 }
 
+/* Bytes from a load of a large matrix to the line that is asked for with it: weights that come from the last cache or from
+ * memory are some per cent faster for it on Cascade Lake, and as fast on Zen 4; those in the L2 cache are slower. */
+enum { ROW_AHEAD = 2048, ROW_LARGE = 512 << 10 };
+
 /* One row by P panels that lie `apart` bytes from each other, with two sums a panel, since one cannot be added to in every
  * cycle; k is a multiple of 8. */
-QN_INLINE void multiply_row(const int P, int64_t k, const uint8_t *a, const uint8_t *b, int64_t apart, VU sum[]) {
+QN_INLINE void multiply_row(const int P, const int asks, int64_t k, const uint8_t *a, const uint8_t *b, int64_t apart,
+                            VU sum[]) {
     VU part[2][2];
 #pragma GCC unroll 2
     for (int p = 0; p < P; p++) part[p][0] = part[p][1] = vu_splat(0);
@@ -150,8 +155,11 @@ QN_INLINE void multiply_row(const int P, int64_t k, const uint8_t *a, const uint
         for (int j = 0; j < 2; j++) {
             __m512i x = broadcast_step(a + i + 4 * j);
 #pragma GCC unroll 2
-            for (int p = 0; p < P; p++)
-                part[p][j] = (VU)_mm512_dpbusd_epi32((__m512i)part[p][j], x, _mm512_loadu_si512(b + p * apart + 64 * j));
+            for (int p = 0; p < P; p++) {
+                const uint8_t *step = b + p * apart + 64 * j;
+                if (asks) _mm_prefetch((const char *)step + ROW_AHEAD, _MM_HINT_T0);
+                part[p][j] = (VU)_mm512_dpbusd_epi32((__m512i)part[p][j], x, _mm512_loadu_si512(step));
+            }
         }
     }
 #pragma GCC unroll 2
@@ -159,24 +167,32 @@ QN_INLINE void multiply_row(const int P, int64_t k, const uint8_t *a, const uint
 }
 
 /* One row by any number of panels, which is a matter of reading them: as two streams, of the first half and of the second.
- * Of the ways that were tried (1 to 16 panels beside each other or apart, with and without asking for lines ahead) this one
- * is at the speed of the best loop that only reads, in every level of cache and from memory. */
-static void layer_row(const qn_call *c, const qn_rows *rows, int64_t row, int64_t panel, int64_t panels) {
+ * Of the ways that were tried (1 to 16 panels beside each other or apart) this one is at the speed of the best loop that
+ * only reads, in every level of cache and from memory. */
+QN_INLINE void layer_row_fixed(const int asks, const qn_call *c, const qn_rows *rows, int64_t row, int64_t panel,
+                               int64_t panels) {
     const qn_weights *w = c->w;
     const uint8_t *a = rows->a + row * rows->a_stride, *b = w->data + panel * w->panel_bytes + w->codes_at;
     int64_t half = panels / 2;
     VU sum[2], one[1][COLUMN_VECTORS];
     for (int64_t p = 0; p < half; p++, b += w->panel_bytes) {
-        multiply_row(2, w->group_k, a, b, half * w->panel_bytes, sum);
+        multiply_row(2, asks, w->group_k, a, b, half * w->panel_bytes, sum);
         one[0][0] = sum[0];
         finish_tile(1, 1, c, rows, row, (panel + p) * QN_NR, one);
         one[0][0] = sum[1];
         finish_tile(1, 1, c, rows, row, (panel + half + p) * QN_NR, one);
     }
     if (panels % 2) {
-        multiply_row(1, w->group_k, a, b + half * w->panel_bytes, 0, one[0]);
+        multiply_row(1, asks, w->group_k, a, b + half * w->panel_bytes, 0, one[0]);
         finish_tile(1, 1, c, rows, row, (panel + panels - 1) * QN_NR, one);
     }
+}
+
+static void layer_row(const qn_call *c, const qn_rows *rows, int64_t row, int64_t panel, int64_t panels) {
+    if (c->w->panels * c->w->panel_bytes > ROW_LARGE)
+        layer_row_fixed(1, c, rows, row, panel, panels);
+    else
+        layer_row_fixed(0, c, rows, row, panel, panels);
 }
 
 /* R rows by P panels of int8 weights with one group, from codes to y. */
