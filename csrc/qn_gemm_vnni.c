@@ -21,6 +21,7 @@
 #define QN_A_BYTES 1
 typedef __m512 VF;
 typedef uint32_t VU __attribute__((vector_size(64)));
+typedef int32_t VI __attribute__((vector_size(64)));
 
 static inline VF vf_load(const float *p) { return _mm512_loadu_ps(p); }
 static inline void vf_store(float *p, VF v) { _mm512_storeu_ps(p, v); }
@@ -65,8 +66,28 @@ static inline VU vu_store_codes(uint8_t *p, const VU q[4], int32_t z) {
     return (VU)_mm512_dpbusd_epi32(_mm512_setzero_si512(), codes, _mm512_set1_epi8(1));
 }
 static inline VU vu_load_u8(const uint8_t *p) { return (VU)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)); }
+#define QN_LOOKUP
+static inline VF vf_of_nibble(VU v) { /* the low four bits are what vpermps looks at */
+    const VF values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return _mm512_permutexvar_ps((__m512i)v, values);
+}
+static inline int vu_bytes_above(int count, const VU v[], int from, int span) {
+    __mmask64 above = 0;
+#pragma GCC unroll 4
+    for (int i = 0; i < count; i++) {
+        __m512i twice = _mm512_sub_epi8(_mm512_add_epi8((__m512i)v[i], (__m512i)v[i]), _mm512_set1_epi8((char)from));
+        above |= _mm512_cmpgt_epu8_mask(twice, _mm512_set1_epi8((char)span));
+    }
+    return above != 0;
+}
 
 #include "qn_tile.h"
+
+#define QN_FLOAT_ROWS 9
+#define QN_FLOAT_PANELS 3
+#define QN_DIRECT_PANELS 3
+#define QN_DIRECT_WIDE_ROWS 6
+#include "qn_float.h"
 
 /* A row's k-step, four codes, to every column. */
 QN_INLINE __m512i broadcast_step(const uint8_t *p) {
@@ -303,37 +324,6 @@ static void tile_groups(const qn_call *c, const qn_rows *rows, int64_t row, int 
 #undef GROUPS
 }
 
-/* R rows by P panels of float weights; the sums are carried in acc from call to call. */
-QN_INLINE void tile_float_fixed(const int R, const int P, int64_t k, const uint8_t *a, int64_t a_stride, const float *b,
-                                float *acc) {
-    __m512 sum[QN_TILE_ROWS][QN_TILE_PANELS];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 3
-        for (int p = 0; p < P; p++) sum[r][p] = _mm512_loadu_ps(acc + r * QN_TILE_COLS + p * QN_NR);
-    for (int64_t i = 0; i < k; i++, b += P * QN_NR) {
-        __m512 w[QN_TILE_PANELS];
-#pragma GCC unroll 3
-        for (int p = 0; p < P; p++) w[p] = _mm512_loadu_ps(b + p * QN_NR);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++) {
-            __m512 x = _mm512_set1_ps(((const float *)(a + r * a_stride))[i]);
-#pragma GCC unroll 3
-            for (int p = 0; p < P; p++) sum[r][p] = _mm512_fmadd_ps(x, w[p], sum[r][p]);
-        }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 3
-        for (int p = 0; p < P; p++) _mm512_storeu_ps(acc + r * QN_TILE_COLS + p * QN_NR, sum[r][p]);
-}
-
-static void tile_float(int rows, int panels, int64_t k, const uint8_t *a, int64_t a_stride, const float *b, float *acc) {
-#define CASE(R, P) case SIZE(R, P): tile_float_fixed(R, P, k, a, a_stride, b, acc); break;
-    switch (SIZE(rows, panels)) { TILE_SIZES(CASE) }
-#undef CASE
-}
-
 #ifdef __clang__
 #pragma clang attribute pop
 #else
@@ -346,9 +336,9 @@ static int usable(void) {
 }
 
 const qn_kernel qn_kernel_avx512vnni = {
-    .name = "avx512vnni", .layer_rows = 8, .layer_panels = {0, QN_ANY_PANELS, 6, 4, 4, 4, 4, 3, 3}, .layer_tile = layer_tile, .usable = usable, .a_bytes = QN_A_BYTES, .rate = 200, .float_rate = 50, .rows = 8, .panels = 3, .float_rows = 8, .float_panels = 3,
+    .name = "avx512vnni", .layer_rows = 8, .layer_panels = {0, QN_ANY_PANELS, 6, 4, 4, 4, 4, 3, 3}, .layer_tile = layer_tile, .usable = usable, .a_bytes = QN_A_BYTES, .rate = 200, .float_rate = 50, .rows = 8, .panels = 3, .float_rows = 9, .float_panels = 3, .direct_rows = 6,
     .quantize_rows = quantize_rows, .range = finite_range, .quantize_values = quantize_values, .tile_int8 = tile_int8, .tile_int4 = tile_int4,
-    .tile_groups = tile_groups, .tile_float = tile_float,
+    .tile_groups = tile_groups, .tile_float = tile_float, .float_direct = float_direct,
     .decode = decode, .epilogue = epilogue,
 };
 #else
