@@ -30,9 +30,12 @@ ACTIVATION_FUNCTIONS = ("relu", "gelu", "gelu_tanh", "silu")
 _INT32_MAX = 2**31 - 1
 _MAX_IN_FEATURES = 1 << 23
 #: Attributes that a layer sets itself. What else an object has, a derived class or a user has put there.
-_FIELDS = frozenset({
-    "_shape", "_dtype", "_config", "_activations", "_static", "_activation", "_output", "_out_dtype", "_bias_dtype", "_wide",
-})  # fmt: skip
+_FIELDS = frozenset(
+    f"_{name}"
+    for name in (
+        "shape", "dtype", "config", "activations", "static", "activation", "output", "out_dtype", "bias_dtype", "wide",
+    )
+)  # fmt: skip
 
 
 class QuantizedLinear(_core.PackedLinear):
