@@ -23,6 +23,7 @@ C_SOURCES = [
     "csrc/qn_gemm_avxvnni.c",
     "csrc/qn_gemm_vnni256.c",
     "csrc/qn_gemm_vnni.c",
+    "csrc/qn_groups.c",
     "csrc/qn_linear.c",
     "csrc/qn_pack.c",
     "csrc/qn_scratch.c",
