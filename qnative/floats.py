@@ -129,11 +129,6 @@ def decode(codes: ArrayLike, dtype: object) -> NDArray[np.float32]:
             raise ValueError(f"codes of {name} lie in 0..{largest}, not {array.min()}..{array.max()}")
         array = array.astype(wanted)
     shape, array = array.shape, np.require(array, wanted, ["C_CONTIGUOUS", "ALIGNED"])
-    if name == "float16":
-        return array.view(np.float16).astype(np.float32).reshape(shape)
     out = np.empty(shape, np.float32)
-    if name == "bfloat16":
-        _core.decode_bfloat16(array.reshape(-1), out.reshape(-1))
-    else:
-        _core.decode8(array.reshape(-1), name, out.reshape(-1))
+    (_core.decode8 if name in _FLOAT8 else _core.decode)(array.reshape(-1), name, out.reshape(-1))
     return out

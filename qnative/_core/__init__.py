@@ -8,7 +8,7 @@ Long loops run without the GIL.
 elementwise   count_nonfinite min_max quantize dequantize quantize_float8 dequantize_float8
               pack_nibbles unpack_nibbles squared_sums histogram_of_codes
 fake_quant    fake_quantize fake_quantize_backward
-floats        encode encode8 decode8 decode_bfloat16
+floats        encode encode8 decode decode8
 levels        level usable_levels use_level
 linear        PackedLinear activate isa isas cpu_features row_ranges scratch_kept
 limits        compute_loops run_compute_loop read_loops run_read_loop read_float32
@@ -28,7 +28,7 @@ from qnative._core.elementwise import (
     unpack_nibbles,
 )
 from qnative._core.fake_quant import fake_quantize, fake_quantize_backward
-from qnative._core.floats import decode8, decode_bfloat16, encode, encode8
+from qnative._core.floats import decode, decode8, encode, encode8
 from qnative._core.levels import level, usable_levels, use_level
 from qnative._core.limits import compute_loops, read_float32, read_loops, run_compute_loop, run_read_loop
 from qnative._core.linear import PackedLinear, activate, cpu_features, isa, isas, row_ranges, scratch_kept
@@ -41,8 +41,8 @@ __all__ = [
     "compute_loops",
     "count_nonfinite",
     "cpu_features",
+    "decode",
     "decode8",
-    "decode_bfloat16",
     "dequantize",
     "dequantize_float8",
     "encode",
