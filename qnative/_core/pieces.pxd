@@ -7,7 +7,7 @@ any order, on several threads at once. What it finds out goes to atomic counters
 from libc.stdint cimport int64_t
 from libc.string cimport memset
 
-from qnative._core.qnative_threads cimport pool_run, pool_threads_for
+from qnative._core.qnative_threads cimport pool_limit, pool_run, pool_threads_for
 
 cdef extern from "Python.h":
     int PyErr_CheckSignals() except -1
@@ -22,7 +22,7 @@ ctypedef void (*piece_loop)(void *task, Py_ssize_t begin, Py_ssize_t end, int th
 
 cdef enum:
     PIECE = 1 << 16   # elements of a piece: its data fits the L2 cache
-    STRETCH = 1 << 24  # elements between two looks for Ctrl-C: some ten milliseconds
+    STRETCH = 1 << 8  # pieces between two looks for Ctrl-C: some ten milliseconds
 
 
 cdef struct Pieces:
@@ -48,7 +48,7 @@ cdef inline int in_pieces(
     step : elements of a piece. KeyboardInterrupt, and what else a signal handler raises, ends it between two stretches.
     """
     cdef Pieces p
-    cdef Py_ssize_t stretch = max(STRETCH // step, 1) * step
+    cdef Py_ssize_t stretch = STRETCH * step
     if size <= step:
         if size > 0:
             with nogil:
@@ -61,6 +61,6 @@ cdef inline int in_pieces(
         p.end = min(size - p.begin, stretch) + p.begin
         qn_atomic_add(&p.taken, -qn_atomic_get(&p.taken))
         with nogil:
-            pool_run(min(most, pool_threads_for((p.end - p.begin) // 1000 * picoseconds)), take_pieces, &p)
+            pool_run(min(most, pool_threads_for((p.end - p.begin) * picoseconds // 1000)), take_pieces, &p)
         PyErr_CheckSignals()
     return 0
