@@ -345,7 +345,7 @@ static void work(void *context, int thread) {
 
 /* What a call does besides multiplying, roughly: to quantize a row takes so many ns, and a value so many multiply-adds'
  * time. Layers of few inputs or outputs do hardly anything else. */
-enum { ROW_NS = 80, QUANTIZE_MACS = 40, DECODE_MACS = 4, OUTPUT_MACS = 60 };
+enum { ROW_NS = 80, QUANTIZE_MACS = 40, UNPACK_MACS = 12, DECODE_MACS = 4, OUTPUT_MACS = 60 };
 
 int64_t qn_linear_work(const qn_kernel *kernel, const qn_call *c) {
     const qn_weights *w = c->w;
@@ -356,6 +356,8 @@ int64_t qn_linear_work(const qn_kernel *kernel, const qn_call *c) {
         macs += rows * k * QUANTIZE_MACS;
         ns += rows * ROW_NS;
     }
+    if (w->format == QN_INT4 && !is_float(c)) /* nibbles once a tile, and groups for each row */
+        macs += k * n * (rows + UNPACK_MACS * (double)((c->m + kernel->rows - 1) / kernel->rows));
     ns += macs / (is_float(c) ? kernel->float_rate : kernel->rate);
     return ns < 1e15 ? (int64_t)ns : (int64_t)1e15;
 }
