@@ -336,7 +336,9 @@ def failures(seeds: Sequence[Mapping[str, float]]) -> list[str]:
     ]
     for name in ("W4A4", "W2A4"):
         if not mean[f"{name} {QAT}"] > mean[f"{name} {PTQ}"]:
-            found.append(f"{name}: QAT's {mean[f'{name} {QAT}']:.2f} % is not above PTQ's {mean[f'{name} {PTQ}']:.2f} %")
+            found.append(
+                f"{name}: QAT's {mean[f'{name} {QAT}']:.2f} % is not above PTQ's {mean[f'{name} {PTQ}']:.2f} %"
+            )
     return found
 
 

@@ -217,7 +217,7 @@ class FakeQuantize:
         config = FakeQuantConfig() if config is None else config
         if not isinstance(config, FakeQuantConfig):
             raise TypeError(
-                f"config must be a FakeQuantConfig, not {type(config).__name__}; FakeQuantConfig(QuantConfig(...)) is one"
+                f"config must be a FakeQuantConfig, not {type(config).__name__}; wrap it: FakeQuantConfig(config)"
             )
         self._config = config
         quant = self._quant = config.simulated
