@@ -524,7 +524,7 @@ def test_parameters_can_be_kept_and_put_back() -> None:
     assert repr(params).startswith("Parameters({'scale': array(")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["min_max", "moving_average", "percentile"])
 @pytest.mark.parametrize("form", ["per_tensor", "channel 0", "group -1"])
 def test_a_state_goes_on_where_it_was(method: str, form: str) -> None:
     x = np.random.default_rng(9).standard_normal((3, 4, 12)).astype(np.float32)
