@@ -12,14 +12,17 @@
  */
 #include "qn_decode.h"
 
-/* Compilers start as many loads and products of an unrolled loop as they can before the first sum, and spill; the CPU is better
- * at that. So one thing is done after the other: what comes before stays before. */
+/* Compilers start as many loads and products of an unrolled loop as they can before the first sum, and spill, or move sums from
+ * register to register; the CPU is better at that. So one thing is done after the other, and a sum stays where it is. */
 #ifdef QN_VECTOR_REGISTER
 #define IN_TURN(v) __asm__ volatile("" : "+" QN_VECTOR_REGISTER(v))
 #define POINTER_IN_TURN(p) __asm__ volatile("" : "+r"(p))
+#define ADD_PRODUCT(sum, x, w) \
+    __asm__ volatile("vfmadd231ps %2, %1, %0" : "+" QN_VECTOR_REGISTER(sum) : QN_VECTOR_REGISTER(x), QN_VECTOR_REGISTER(w))
 #else
 #define IN_TURN(v) (void)(v)
 #define POINTER_IN_TURN(p) (void)(p)
+#define ADD_PRODUCT(sum, x, w) (sum) = vf_fma(x, w, sum)
 #endif
 
 enum {
@@ -39,10 +42,7 @@ QN_INLINE void multiply_row_of_weights(const int R, const int V, VF sum[][QN_TIL
         POINTER_IN_TURN(a);
         VF x = vf_splat(a[r * QN_KR]);
 #pragma GCC unroll 6
-        for (int v = 0; v < V; v++) {
-            sum[r][v] = vf_fma(x, w[v], sum[r][v]);
-            IN_TURN(sum[r][v]);
-        }
+        for (int v = 0; v < V; v++) ADD_PRODUCT(sum[r][v], x, w[v]);
     }
 }
 
@@ -131,10 +131,7 @@ QN_INLINE void add_products_of_k(const int R, const int V, VF sum[][QN_DIRECT_PA
     for (int r = 0; r < R; r++) {
         VF from_row = vf_splat(x[r][k]);
 #pragma GCC unroll 6
-        for (int v = 0; v < V; v++) {
-            sum[r][v] = vf_fma(from_row, value[v], sum[r][v]);
-            IN_TURN(sum[r][v]);
-        }
+        for (int v = 0; v < V; v++) ADD_PRODUCT(sum[r][v], from_row, value[v]);
     }
 }
 
@@ -184,7 +181,7 @@ QN_INLINE void direct_fixed(const code_kind kind, const int R, const int P, cons
             }
 #pragma GCC unroll 2
             for (int half = 0; half < step / QN_KR; half++) {
-VU bytes[QN_DIRECT_PANELS * PANEL_PARTS];
+                VU bytes[QN_DIRECT_PANELS * PANEL_PARTS];
 #pragma GCC unroll 6
                 for (int v = 0; v < V; v++) bytes[v] = bytes_of_half(kind, half, code[v], terms + v);
 #pragma GCC unroll 4
@@ -220,33 +217,42 @@ VU bytes[QN_DIRECT_PANELS * PANEL_PARTS];
         for (int v = 0; v < V; v++) vf_store(out + r * QN_TILE_COLS + v * QN_W, sum[r][v]);
 }
 
-#define DIRECT_ROWS_2(X, KIND) X(KIND, 1) X(KIND, 2)
+/* Numbers of rows that there are tiles for: beside each other as many as pay, of a panel alone (often the last one) few. Others
+ * take the next larger tile. */
 #if QN_DIRECT_WIDE_ROWS == 6
-#define DIRECT_SIZES(X, KIND) DIRECT_ROWS_2(X, KIND) X(KIND, 3) X(KIND, 4) X(KIND, 6)
+#define WIDE_TILES(X, KIND) X(KIND, 1) X(KIND, 2) X(KIND, 4) X(KIND, 6)
+#define NARROW_TILES(X, KIND) X(KIND, 1) X(KIND, 6)
 #elif QN_DIRECT_WIDE_ROWS == 2
-#define DIRECT_SIZES(X, KIND) DIRECT_ROWS_2(X, KIND)
+#define WIDE_TILES(X, KIND) X(KIND, 1) X(KIND, 2)
+#define NARROW_TILES(X, KIND) X(KIND, 1) X(KIND, 4) X(KIND, 6)
 #else
-#error "list the numbers of rows"
+#error "list the tiles"
 #endif
 
 static void float_direct(const qn_call *c, const qn_rows *rows, int64_t row, int count, int64_t panel, int panels, float *out) {
-    static const uint8_t sizes[DIRECT_ROWS + 1] = {0, 1, 2, 3, 4, 6, 6};
-#define SIZE(KIND, R, P) (((KIND) * 8 + (R)) * 4 + (P))
-#define CASE(KIND, R, P) case SIZE(KIND, R, P): direct_fixed(KIND, R, P, c, rows, row, count, panel, out); break;
-#define WIDE(KIND, R) CASE(KIND, R, QN_DIRECT_PANELS)
-#define KIND_CASES(KIND) \
-    CASE(KIND, 1, 1) CASE(KIND, 2, 1) CASE(KIND, 3, 1) CASE(KIND, 4, 1) CASE(KIND, 6, 1) DIRECT_SIZES(WIDE, KIND)
-    code_kind kind = kind_of_codes(c->w);
-    while (panels > 0) {
-        int rows_of_tile = sizes[count];
-        int wide = panels >= QN_DIRECT_PANELS && rows_of_tile <= QN_DIRECT_WIDE_ROWS ? QN_DIRECT_PANELS : 1;
-        switch (SIZE(kind, rows_of_tile, wide)) { CODE_KINDS(KIND_CASES) }
-        panels -= wide;
-        panel += wide;
-        out += wide * QN_NR;
+#define CASE(KIND, R, P)                                                  \
+    if (kind == (KIND) && count <= (R)) {                                 \
+        direct_fixed(KIND, R, P, c, rows, row, count, panel, out);        \
+        continue;                                                         \
     }
-#undef KIND_CASES
+#define WIDE(KIND, R) CASE(KIND, R, QN_DIRECT_PANELS)
+#define NARROW(KIND, R) CASE(KIND, R, 1)
+    code_kind kind = kind_of_codes(c->w);
+    /* Where more rows than these share the work of decoding, int8 without zero points is not worth a loop of its own. */
+    if (kind == CODES_INT8 && count > 2) kind = CODES_INT8_ZERO;
+    for (int wide; panels > 0; panels -= wide, panel += wide, out += wide * QN_NR) {
+        wide = panels >= QN_DIRECT_PANELS && count <= QN_DIRECT_WIDE_ROWS ? QN_DIRECT_PANELS : 1;
+        if (wide > 1) {
+            WIDE(CODES_INT8, 1) WIDE(CODES_INT8, 2)
+            WIDE_TILES(WIDE, CODES_INT8_ZERO) WIDE_TILES(WIDE, CODES_INT4)
+            WIDE_TILES(WIDE, CODES_E4M3FN) WIDE_TILES(WIDE, CODES_E5M2)
+        } else {
+            if (kind == CODES_INT8) kind = CODES_INT8_ZERO;
+            NARROW_TILES(NARROW, CODES_INT8_ZERO) NARROW_TILES(NARROW, CODES_INT4)
+            NARROW_TILES(NARROW, CODES_E4M3FN) NARROW_TILES(NARROW, CODES_E5M2)
+        }
+    }
+#undef NARROW
 #undef WIDE
 #undef CASE
-#undef SIZE
 }
