@@ -12,10 +12,10 @@
 #include <math.h>
 #include <string.h>
 #ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,prfchw"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,prfchw")
 #endif
 
 #define QN_A_BYTES 2
@@ -122,6 +122,7 @@ typedef struct { int64_t k; const uint8_t *a, *b; int first, last; } k_piece;
 QN_INLINE void layer_rows_fixed(const int R, const weight_form form, const qn_call *c, const qn_rows *rows, int64_t row,
                                 int64_t column, const k_piece *piece, VU carried[]) {
     VU sum[QN_TILE_ROWS][COLUMN_VECTORS], part[6];
+    if (piece->last) ask_for_outputs(R, QN_NR / 2, c, rows, row, column);
     multiply(R, form, piece->k, piece->a, rows->a_stride, piece->b, part);
 #pragma GCC unroll 6
     for (int r = 0; r < R; r++) sum[r][0] = piece->first ? part[r] : part[r] + carried[r];

@@ -12,11 +12,11 @@
 #include <math.h>
 #include <string.h>
 #ifdef QN_VEX
-#define QN_TARGET "avx2,fma,avxvnni"
+#define QN_TARGET "avx2,fma,avxvnni,prfchw"
 #define dpbusd _mm256_dpbusd_avx_epi32
 #define KERNEL qn_kernel_avxvnni
 #else
-#define QN_TARGET "avx2,fma,avx512f,avx512vl,avx512vnni"
+#define QN_TARGET "avx2,fma,avx512f,avx512vl,avx512vnni,prfchw"
 #define dpbusd _mm256_dpbusd_epi32
 #define KERNEL qn_kernel_vnni256
 #endif
@@ -90,6 +90,7 @@ QN_INLINE void multiply(const int R, const int P, const int int4, int64_t k, con
 QN_INLINE void layer_tile_fixed(const int R, const int P, const qn_call *c, const qn_rows *rows, int64_t row, int64_t panel) {
     const qn_weights *w = c->w;
     VU sum[QN_TILE_ROWS][COLUMN_VECTORS];
+    ask_for_outputs(R, P * QN_NR, c, rows, row, panel * QN_NR);
     multiply(R, P, 0, w->group_k, rows->a + row * rows->a_stride, rows->a_stride,
              w->data + panel * w->panel_bytes + w->codes_at, w->panel_bytes, sum);
     finish_tile(R, P * PANEL_VECTORS, c, rows, row, panel * QN_NR, sum);

@@ -301,7 +301,7 @@ static void quantize_row_integer(const qn_call *c, qn_rows *rows, int64_t i, row
     for (int64_t g = 0; g < w->groups; g++) {
         int64_t start = g * w->group, n = w->k - start < w->group ? w->k - start : w->group;
         uint8_t *to = a + g * w->group_k * QN_A_BYTES;
-        rows->sum[i * w->groups + g] = takes_codes(c)
+        rows->sum[i * rows->sum_row + g * rows->sum_group] = takes_codes(c)
             ? take_codes(x + start, n, c->input == QN_INPUT_INT8_CODES ? 0x80 : 0, to)
             : p.beyond ? quantize_floats((const float *)x + start, n, p, 1, to)
                        : quantize_floats((const float *)x + start, n, p, 0, to);
@@ -394,11 +394,33 @@ static void quantize_values(const float *x, int64_t n, float scale, int32_t zero
     emit_codes(x, n, scale, zero, low, high, codes, QN_IDENTITY);
 }
 
+static inline int output_bytes(const qn_call *c) { /* of a value that an epilogue writes */
+    return c->output == QN_OUTPUT_INT8 || c->output == QN_OUTPUT_UINT8 ? 1 : 4;
+}
+
+static inline uint8_t *output_at(const qn_call *c, const qn_rows *rows, int64_t row, int64_t column) {
+    return (uint8_t *)c->y + (rows->first + row) * c->y_stride + column * output_bytes(c);
+}
+
+/* Ask for the lines of y that a tile of R rows will write, early enough that they are at hand when its sums are: a tile
+ * goes down the rows, a few lines of each, which no hardware prefetcher takes for a stream. (x86: prefetchw, which every
+ * 64-bit CPU executes, the oldest as a no-op.) */
+QN_INLINE void ask_for_outputs(const int R, const int columns, const qn_call *c, const qn_rows *rows, int64_t row,
+                               int64_t column) {
+#ifdef __GNUC__
+    const char *y = (const char *)output_at(c, rows, row, column);
+    int64_t bytes = (int64_t)columns * output_bytes(c);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+        for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(y + r * c->y_stride + at, 1);
+#endif
+}
+
 /* Give a tile of finished sums, float [count][stride] with bias and all, to y; from `column` on, as many as there are. */
 static void emit(const qn_call *c, const qn_rows *rows, int64_t row, int count, int64_t column, int64_t columns,
                  const float *values, int64_t stride) {
-    int codes = c->output == QN_OUTPUT_INT8 || c->output == QN_OUTPUT_UINT8;
-    uint8_t *y = (uint8_t *)c->y + (rows->first + row) * c->y_stride + column * (codes ? 1 : 4);
+    int codes = output_bytes(c) == 1;
+    uint8_t *y = output_at(c, rows, row, column);
     if (columns > c->w->n - column) columns = c->w->n - column;
 #define EMIT(ACTIVATION)                                                                                               \
     for (int r = 0; r < count; r++) {                                                                                  \
@@ -442,7 +464,7 @@ QN_INLINE VU correct(VU sum, const column_terms *t, int asymmetric, int32_t za, 
 /* The row's sum of a - za in group g. */
 QN_INLINE uint32_t corrected_sum(const qn_weights *w, const qn_rows *rows, int64_t i, int64_t g) {
     int64_t k = w->k - g * w->group < w->group ? w->k - g * w->group : w->group;
-    return (uint32_t)rows->sum[i * w->groups + g] - (uint32_t)k * (uint32_t)rows->zero[i];
+    return (uint32_t)rows->sum[i * rows->sum_row + g * rows->sum_group] - (uint32_t)k * (uint32_t)rows->zero[i];
 }
 
 enum { COLUMN_VECTORS = QN_TILE_VALUES / QN_W }; /* of a row of a tile, at most */
@@ -456,7 +478,7 @@ QN_INLINE void finish_tile(const int R, const int V, const qn_call *c, const qn_
     const int32_t *row_zero = rows->zero + row;
     float values[QN_TILE_VALUES];
     int direct = c->output == QN_OUTPUT_FLOAT32 && c->activation == QN_IDENTITY && column + V * QN_W <= w->n;
-    float *first = direct ? (float *)((uint8_t *)c->y + (rows->first + row) * c->y_stride) + column : values;
+    float *first = direct ? (float *)output_at(c, rows, row, column) : values;
     int64_t stride = direct ? c->y_stride / 4 : V * QN_W;
     const uint8_t *panel = w->data + column / QN_NR * w->panel_bytes;
 #pragma GCC unroll 8
