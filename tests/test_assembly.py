@@ -26,8 +26,8 @@ KERNELS = {
     "qn_gemm_avxvnni.c": {"layer_tile": 10, "tile_int8": 6, "tile_int4": 6},
     "qn_gemm_vnni256.c": {"layer_tile": 10, "tile_int8": 6, "tile_int4": 6},
     "qn_gemm_vnni.c": {"layer_tile": 28, "tile_int8": 24, "tile_int4": 24},
-    "qn_float_avx2.c": {"qn_avx2_tile_float": 6, "qn_avx2_float_direct": 35},
-    "qn_float_avx512.c": {"qn_avx512_tile_float": 27, "qn_avx512_float_direct": 50},
+    "qn_float_avx2.c": {"tile_float": 6},
+    "qn_float_avx512.c": {"tile_float": 27},
 }
 
 
