@@ -372,11 +372,11 @@ def numpy_float32(problem: Problem, threads: int = 1) -> Contender:
 
 
 def linear_case(
-    shape: tuple[int, int, int], config: QuantConfig, *, threads: int = 1,
+    shape: tuple[int, int, int], config: QuantConfig, *, activations: str = "dynamic", threads: int = 1,
     check: Callable[[QuantizedLinear, Problem], object] | None = None,
     peers: Callable[[Problem], Iterable[Contender]] = lambda problem: (),
 ) -> Case:  # fmt: skip
-    """Make the case of one layer: dynamic activations, float32 in and out, against the limits and NumPy's product.
+    """Make the case of one layer: float32 in and out, against the limits and NumPy's product.
 
     Parameters
     ----------
@@ -384,6 +384,8 @@ def linear_case(
         (m, k, n).
     config : QuantConfig
         Of the weights.
+    activations : {"dynamic", "dynamic_symmetric", "float"}
+        As the layer takes them.
     threads : int
         How many each contender may use.
     check : callable, optional
@@ -396,10 +398,11 @@ def linear_case(
     Case
     """
     problem = Problem.random(*shape)
-    layer = QuantizedLinear.from_float(problem.weight, problem.bias, config)
+    layer = QuantizedLinear.from_float(problem.weight, problem.bias, config, activations=activations)
+    in_float32 = config.info.is_float or activations == "float"
     contenders = [
         ours(layer, problem, threads=threads),
-        *compute_limits("float32" if config.info.is_float else "integer", threads),
+        *compute_limits("float32" if in_float32 else "integer", threads),
         numpy_float32(problem, threads),
         *peers(problem),
     ]
