@@ -274,6 +274,16 @@ def test_what_is_not_a_float_is_refused(method: str, x: Any) -> None:
     assert observer.count == 0
 
 
+def test_answers_do_not_change_with_what_comes_later() -> None:
+    observer = observed("min_max", [1.0, 2.0])
+    low, high = observer.range
+    asked = observer.calibrated_range(INT8)
+    observer.observe([-5.0, 9.0])
+    assert (low, high) == asked == (1.0, 2.0)
+    asked[0][...] = 7.0
+    assert observer.min_val == -5.0
+
+
 def test_scalars_lists_and_empty_batches() -> None:
     observer = make_observer("min_max")
     observer.observe(np.zeros((0, 4), np.float32))
