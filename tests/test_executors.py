@@ -65,30 +65,27 @@ def assert_same(one: QuantizationSpec, other: QuantizationSpec) -> None:
 @pytest.mark.filterwarnings("default")
 def test_every_executor_gives_the_bits_of_serial_work(executor: Executor, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    shards = [rng.laplace(size=(300, 8)).astype(np.float32) * 2.0**i for i in range(-4, 5)]
-    weight = rng.standard_normal((12, 8)).astype(np.float32)
+    shards = [rng.laplace(size=(300, 4)).astype(np.float32) * 2.0**i for i in range(-3, 3)]
+    weight = rng.standard_normal((9, 4)).astype(np.float32)
     np.save(tmp_path / "x.npy", np.concatenate(shards))
     data: dict[str, Any] = {
         "list": shards,
-        "path": CalibrationDataset(tmp_path / "x.npy", batch_size=500),
-        "mapped": CalibrationDataset(np.load(tmp_path / "x.npy", mmap_mode="r"), batch_size=300),
+        "mapped": CalibrationDataset(np.load(tmp_path / "x.npy", mmap_mode="r"), batch_size=500),
     }
+    four = QuantConfig.int4().asymmetric()  # KL has few levels to try then
     for method in METHODS:
-        for config in (None, QuantConfig.int8_per_channel(axis=-1)):
+        for config in (four, four.per_channel(-1)):
             alone = calibrate_layer(shards, config, method, name="x")
             assert_same(calibrate_layer(shards, config, method, name="x", executor=executor), alone)
-        serial = calibrate_model(data, method=method)
-        spread = calibrate_model(data, method=method, executor=executor)
+        serial = calibrate_model(data, four, method)
+        spread = calibrate_model(data, four, method, executor=executor)
         assert list(serial) == list(spread)
         for name in data:
             assert_same(spread[name], serial[name])
     alone = calibrate_layer(shards, method="mse", weight=weight)
     assert_same(calibrate_layer(shards, method="mse", weight=weight, executor=executor), alone)
-    weights = dict.fromkeys(data, weight)
-    serial = calibrate_model(data, method="kl", weights=weights)
-    for name, spec in calibrate_model(data, method="kl", weights=weights, executor=executor).items():
-        assert_same(spec, serial[name])
-    assert serial["list"].output_aware
+    assert_same(calibrate_model({"": shards}, method="mse", weights={"": weight}, executor=executor)[""], alone)
+    assert alone.output_aware
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -126,8 +123,6 @@ WORK = {
     "float64": lambda: qn.calibrate_layer(endless(x.astype(np.float64)), method="mean_std"),
     "one huge batch": lambda: qn.calibrate_layer(huge, method="min_max"),
     "output error": lambda: qn.calibrate_layer([x] * 1000, method="min_max", weight=weight),
-    "output error of a huge batch": lambda: qn.calibrate_layer(qn.CalibrationDataset(lambda: endless(huge)),
-                                                               method="moving_average", weight=weight),
     "kl": lambda: forever(lambda: collector.qparams(config.per_channel(1), "kl")),
     "mse": lambda: forever(lambda: collector.qparams(config.per_channel(1), "mse")),
 }
@@ -143,7 +138,7 @@ def interrupted(signum, frame):
 
 signal.signal(signal.SIGPROF, interrupted)
 late = 0.0
-for after in (0.11, 0.23, 0.37, 0.51, 0.71):
+for after in (0.07, 0.13, 0.23):
     start = time.process_time()
     signal.setitimer(signal.ITIMER_PROF, after)
     try:
