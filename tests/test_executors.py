@@ -22,6 +22,9 @@ from qnative.calibration import CalibrationDataset, QuantizationSpec, calibrate_
 from qnative.config import ObserverMethod, QuantConfig
 from qnative.work import map_ordered
 
+# Dask, its sockets and its workers warn of this and that.
+pytestmark = pytest.mark.filterwarnings("default")
+
 METHODS = [m.value for m in ObserverMethod]
 #: Seconds in which Ctrl-C is to be answered.
 AT_ONCE = 0.3
@@ -61,8 +64,6 @@ def assert_same(one: QuantizationSpec, other: QuantizationSpec) -> None:
     assert one.qparams.scale.tobytes() == other.qparams.scale.tobytes()
 
 
-# Dask itself, its sockets and its workers warn of this and that.
-@pytest.mark.filterwarnings("default")
 def test_every_executor_gives_the_bits_of_serial_work(executor: Executor, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     shards = [rng.laplace(size=(300, 4)).astype(np.float32) * 2.0**i for i in range(-3, 3)]
@@ -188,8 +189,6 @@ ON_EXECUTOR = """
 import os, signal, sys, threading, time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 import qnative as qn
-
-SLEEP = "import time; time.sleep(60)"
 
 
 class Slow:
