@@ -244,6 +244,8 @@ cdef enum:
     ZEROS = 16
     SLOTS = SPARE + ZEROS + 1
     BLOCK = 512           # values whose bins are found before they are counted
+    WORDS = 8
+    CHUNK = 4 * WORDS     # bins looked at together for whether they are empty
     FEW = 4096            # values for which counters of 16 bits do not pay
     MANY = 65535 // BLOCK  # blocks after which such a counter might be full
 
@@ -314,10 +316,19 @@ cdef void find_slots(const real *x, Py_ssize_t n, Bins b, uint16_t *slots) noexc
 
 
 cdef void spill(uint16_t *few, int64_t *counts, int64_t *zeros) noexcept nogil:
-    """Add small counters to the counts and clear them; the negative side comes first."""
-    cdef Py_ssize_t i
-    for i in range(SPARE):
-        counts[i] += few[i]
+    """Add small counters to the counts and clear them. Most bins are empty, most of the time."""
+    cdef Py_ssize_t i = 0, k
+    cdef uint64_t some[WORDS]
+    cdef uint64_t filled
+    while i < SPARE:
+        memcpy(some, few + i, sizeof(some))
+        filled = 0
+        for k in range(WORDS):
+            filled |= some[k]
+        if filled:
+            for k in range(CHUNK):
+                counts[i + k] += few[i + k]
+        i += CHUNK
     for i in range(SPARE, SPARE + ZEROS):
         zeros[0] += few[i]
     memset(few, 0, SLOTS * sizeof(uint16_t))
