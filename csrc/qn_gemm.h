@@ -159,6 +159,7 @@ typedef struct {
 /* Every kernel compiled in, worst first, ended by a NULL name. */
 extern const qn_kernel *const qn_kernels[];
 extern const qn_kernel qn_kernel_scalar, qn_kernel_avx2, qn_kernel_avxvnni, qn_kernel_vnni256, qn_kernel_avx512vnni;
+extern const qn_kernel qn_kernel_neon, qn_kernel_dotprod, qn_kernel_i8mm;
 
 /* CPU features as the operating system lets us use them. */
 typedef struct {
