@@ -11,16 +11,17 @@
 #include <math.h>
 #include <string.h>
 #ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,prfchw"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,prfchw")
 #endif
 
 #define QN_W 16
 #define QN_A_BYTES 1
 typedef __m512 VF;
 typedef uint32_t VU __attribute__((vector_size(64)));
+typedef int32_t VI __attribute__((vector_size(64)));
 
 static inline VF vf_load(const float *p) { return _mm512_loadu_ps(p); }
 static inline void vf_store(float *p, VF v) { _mm512_storeu_ps(p, v); }
@@ -65,8 +66,28 @@ static inline VU vu_store_codes(uint8_t *p, const VU q[4], int32_t z) {
     return (VU)_mm512_dpbusd_epi32(_mm512_setzero_si512(), codes, _mm512_set1_epi8(1));
 }
 static inline VU vu_load_u8(const uint8_t *p) { return (VU)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)); }
+#define QN_LOOKUP
+static inline VF vf_of_nibble(VU v) { /* the low four bits are what vpermps looks at */
+    const VF values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return _mm512_permutexvar_ps((__m512i)v, values);
+}
+static inline int vu_bytes_above(int count, const VU v[], int from, int span) {
+    __mmask64 above = 0;
+#pragma GCC unroll 4
+    for (int i = 0; i < count; i++) {
+        __m512i twice = _mm512_sub_epi8(_mm512_add_epi8((__m512i)v[i], (__m512i)v[i]), _mm512_set1_epi8((char)from));
+        above |= _mm512_cmpgt_epu8_mask(twice, _mm512_set1_epi8((char)span));
+    }
+    return above != 0;
+}
 
 #include "qn_tile.h"
+
+#define QN_FLOAT_ROWS 9
+#define QN_FLOAT_PANELS 3
+#define QN_DIRECT_PANELS 3
+#define QN_DIRECT_WIDE_ROWS 6
+#include "qn_float.h"
 
 /* A row's k-step, four codes, to every column. */
 QN_INLINE __m512i broadcast_step(const uint8_t *p) {
@@ -74,6 +95,9 @@ QN_INLINE __m512i broadcast_step(const uint8_t *p) {
     memcpy(&step, p, 4);
     return _mm512_set1_epi32(step);
 }
+
+/* sum += products. As assembly, since gcc otherwise swaps registers of sums between two steps of a loop. */
+QN_INLINE void add_products(VU *sum, __m512i x, __m512i w) { __asm__("vpdpbusd %2, %1, %0" : "+v"(*sum) : "v"(x), "v"(w)); }
 
 /* Addresses of a tile's rows: a[0] + (0..3) * stride and a[1] + (0..3) * stride, which x86 computes within the load from
  * four registers; from a pointer a row compilers run out of registers. */
@@ -96,7 +120,7 @@ QN_INLINE void multiply_step(const int R, const int P, VU sum[][COLUMN_VECTORS],
     for (int r = 0; r < R; r++) {
         __m512i x = broadcast_step(pointer_of_row(rows, r) + at);
 #pragma GCC unroll 8
-        for (int p = 0; p < P; p++) sum[r][p] = (VU)_mm512_dpbusd_epi32((__m512i)sum[r][p], x, w[p]);
+        for (int p = 0; p < P; p++) add_products(&sum[r][p], x, w[p]);
     }
 }
 
@@ -111,10 +135,11 @@ QN_INLINE void multiply(const int R, const int P, const int int4, int64_t k, con
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
         for (int p = 0; p < P; p++) sum[r][p] = vu_splat(0);
-    for (const uint8_t *end = a + k; rows.a[0] < end; b += 64) {
+    for (const uint8_t *end = a + k; rows.a[0] < end; b += int4 ? 64 : 128) { /* two k-steps */
         if (asks) {
             _mm_prefetch((const char *)ahead, _MM_HINT_T1);
-            ahead += 64;
+            _mm_prefetch((const char *)ahead + 64, _MM_HINT_T1);
+            ahead += 128;
         }
 #pragma GCC unroll 8
         for (int p = 0; p < P; p++) {
@@ -125,15 +150,24 @@ QN_INLINE void multiply(const int R, const int P, const int int4, int64_t k, con
             }
         }
         multiply_step(R, P, sum, &rows, 0, w);
-        if (int4) multiply_step(R, P, sum, &rows, 4, odd);
-        rows.a[0] += int4 ? 8 : 4;
-        rows.a[1] += int4 ? 8 : 4;
+        if (!int4) {
+#pragma GCC unroll 8
+            for (int p = 0; p < P; p++) odd[p] = _mm512_loadu_si512(b + 64 + p * panel_bytes);
+        }
+        multiply_step(R, P, sum, &rows, 4, odd);
+        rows.a[0] += 8;
+        rows.a[1] += 8;
     }
 }
 
+/* Bytes from a load of a large matrix to the line that is asked for with it: weights that come from the last cache or from
+ * memory are some per cent faster for it on Cascade Lake, and as fast on Zen 4; those in the L2 cache are slower. */
+enum { ROW_AHEAD = 2048, ROW_LARGE = 512 << 10 };
+
 /* One row by P panels that lie `apart` bytes from each other, with two sums a panel, since one cannot be added to in every
  * cycle; k is a multiple of 8. */
-QN_INLINE void multiply_row(const int P, int64_t k, const uint8_t *a, const uint8_t *b, int64_t apart, VU sum[]) {
+QN_INLINE void multiply_row(const int P, const int asks, int64_t k, const uint8_t *a, const uint8_t *b, int64_t apart,
+                            VU sum[]) {
     VU part[2][2];
 #pragma GCC unroll 2
     for (int p = 0; p < P; p++) part[p][0] = part[p][1] = vu_splat(0);
@@ -142,8 +176,11 @@ QN_INLINE void multiply_row(const int P, int64_t k, const uint8_t *a, const uint
         for (int j = 0; j < 2; j++) {
             __m512i x = broadcast_step(a + i + 4 * j);
 #pragma GCC unroll 2
-            for (int p = 0; p < P; p++)
-                part[p][j] = (VU)_mm512_dpbusd_epi32((__m512i)part[p][j], x, _mm512_loadu_si512(b + p * apart + 64 * j));
+            for (int p = 0; p < P; p++) {
+                const uint8_t *step = b + p * apart + 64 * j;
+                if (asks) _mm_prefetch((const char *)step + ROW_AHEAD, _MM_HINT_T0);
+                part[p][j] = (VU)_mm512_dpbusd_epi32((__m512i)part[p][j], x, _mm512_loadu_si512(step));
+            }
         }
     }
 #pragma GCC unroll 2
@@ -151,24 +188,32 @@ QN_INLINE void multiply_row(const int P, int64_t k, const uint8_t *a, const uint
 }
 
 /* One row by any number of panels, which is a matter of reading them: as two streams, of the first half and of the second.
- * Of the ways that were tried (1 to 16 panels beside each other or apart, with and without asking for lines ahead) this one
- * is at the speed of the best loop that only reads, in every level of cache and from memory. */
-static void layer_row(const qn_call *c, const qn_rows *rows, int64_t row, int64_t panel, int64_t panels) {
+ * Of the ways that were tried (1 to 16 panels beside each other or apart) this one is at the speed of the best loop that
+ * only reads, in every level of cache and from memory. */
+QN_INLINE void layer_row_fixed(const int asks, const qn_call *c, const qn_rows *rows, int64_t row, int64_t panel,
+                               int64_t panels) {
     const qn_weights *w = c->w;
     const uint8_t *a = rows->a + row * rows->a_stride, *b = w->data + panel * w->panel_bytes + w->codes_at;
     int64_t half = panels / 2;
     VU sum[2], one[1][COLUMN_VECTORS];
     for (int64_t p = 0; p < half; p++, b += w->panel_bytes) {
-        multiply_row(2, w->group_k, a, b, half * w->panel_bytes, sum);
+        multiply_row(2, asks, w->group_k, a, b, half * w->panel_bytes, sum);
         one[0][0] = sum[0];
         finish_tile(1, 1, c, rows, row, (panel + p) * QN_NR, one);
         one[0][0] = sum[1];
         finish_tile(1, 1, c, rows, row, (panel + half + p) * QN_NR, one);
     }
     if (panels % 2) {
-        multiply_row(1, w->group_k, a, b + half * w->panel_bytes, 0, one[0]);
+        multiply_row(1, asks, w->group_k, a, b + half * w->panel_bytes, 0, one[0]);
         finish_tile(1, 1, c, rows, row, (panel + panels - 1) * QN_NR, one);
     }
+}
+
+static void layer_row(const qn_call *c, const qn_rows *rows, int64_t row, int64_t panel, int64_t panels) {
+    if (c->w->panels * c->w->panel_bytes > ROW_LARGE)
+        layer_row_fixed(1, c, rows, row, panel, panels);
+    else
+        layer_row_fixed(0, c, rows, row, panel, panels);
 }
 
 /* R rows by P panels of int8 weights with one group, from codes to y. */
@@ -177,6 +222,7 @@ QN_INLINE void layer_tile_fixed(const int R, const int P, const qn_call *c, cons
     const qn_weights *w = c->w;
     const uint8_t *a = rows->a + row * rows->a_stride, *b = w->data + panel * w->panel_bytes + w->codes_at;
     VU sum[QN_TILE_ROWS][COLUMN_VECTORS];
+    ask_for_outputs(R, P * QN_NR, c, rows, row, panel * QN_NR);
     multiply(R, P, 0, w->group_k, a, rows->a_stride, b, w->panel_bytes, 1, ahead, sum);
     finish_tile(R, P, c, rows, row, panel * QN_NR, sum);
 }
@@ -278,37 +324,6 @@ static void tile_groups(const qn_call *c, const qn_rows *rows, int64_t row, int 
 #undef GROUPS
 }
 
-/* R rows by P panels of float weights; the sums are carried in acc from call to call. */
-QN_INLINE void tile_float_fixed(const int R, const int P, int64_t k, const uint8_t *a, int64_t a_stride, const float *b,
-                                float *acc) {
-    __m512 sum[QN_TILE_ROWS][QN_TILE_PANELS];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 3
-        for (int p = 0; p < P; p++) sum[r][p] = _mm512_loadu_ps(acc + r * QN_TILE_COLS + p * QN_NR);
-    for (int64_t i = 0; i < k; i++, b += P * QN_NR) {
-        __m512 w[QN_TILE_PANELS];
-#pragma GCC unroll 3
-        for (int p = 0; p < P; p++) w[p] = _mm512_loadu_ps(b + p * QN_NR);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++) {
-            __m512 x = _mm512_set1_ps(((const float *)(a + r * a_stride))[i]);
-#pragma GCC unroll 3
-            for (int p = 0; p < P; p++) sum[r][p] = _mm512_fmadd_ps(x, w[p], sum[r][p]);
-        }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 3
-        for (int p = 0; p < P; p++) _mm512_storeu_ps(acc + r * QN_TILE_COLS + p * QN_NR, sum[r][p]);
-}
-
-static void tile_float(int rows, int panels, int64_t k, const uint8_t *a, int64_t a_stride, const float *b, float *acc) {
-#define CASE(R, P) case SIZE(R, P): tile_float_fixed(R, P, k, a, a_stride, b, acc); break;
-    switch (SIZE(rows, panels)) { TILE_SIZES(CASE) }
-#undef CASE
-}
-
 #ifdef __clang__
 #pragma clang attribute pop
 #else
@@ -321,9 +336,9 @@ static int usable(void) {
 }
 
 const qn_kernel qn_kernel_avx512vnni = {
-    .name = "avx512vnni", .layer_rows = 8, .layer_panels = {0, QN_ANY_PANELS, 6, 4, 4, 4, 4, 3, 3}, .layer_tile = layer_tile, .usable = usable, .a_bytes = QN_A_BYTES, .rate = 200, .float_rate = 50, .rows = 8, .panels = 3, .float_rows = 8, .float_panels = 3,
+    .name = "avx512vnni", .layer_rows = 8, .layer_panels = {0, QN_ANY_PANELS, 6, 4, 4, 4, 4, 3, 3}, .layer_tile = layer_tile, .usable = usable, .a_bytes = QN_A_BYTES, .rate = 200, .float_rate = 50, .rows = 8, .panels = 3, .float_rows = 9, .float_panels = 3, .direct_rows = 6,
     .quantize_rows = quantize_rows, .range = finite_range, .quantize_values = quantize_values, .tile_int8 = tile_int8, .tile_int4 = tile_int4,
-    .tile_groups = tile_groups, .tile_float = tile_float,
+    .tile_groups = tile_groups, .tile_float = tile_float, .float_direct = float_direct,
     .decode = decode, .epilogue = epilogue,
 };
 #else

@@ -420,8 +420,14 @@ def title(shape: Sequence[int]) -> str:
 
 
 def words(size: int, pieces: int = 1) -> NDArray[np.uint8]:
-    """Return a buffer of ones of about that size, whole 64-bit words in each of its pieces."""
-    return np.ones(-(-size // (8 * pieces)) * 8 * pieces, np.uint8)
+    """Return a buffer of ones of about that size, whole 64-bit words in each of its pieces.
+
+    It begins with a cache line, as packed weights do: from elsewhere on, reading the L2 cache takes a quarter longer.
+    """
+    size = -(-size // (8 * pieces)) * 8 * pieces
+    memory = np.ones(size + 63, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size]
 
 
 def rotate(contenders: Sequence[Contender]) -> Contender:
