@@ -18,6 +18,7 @@ SANITIZE = os.environ.get("QNATIVE_SANITIZE") == "1"
 C_SOURCES = [
     "csrc/qn_cpu.c",
     "csrc/qn_float_avx2.c",
+    "csrc/qn_float_neon.c",
     "csrc/qn_gemm_scalar.c",
     "csrc/qn_gemm_avx2.c",
     "csrc/qn_gemm_avxvnni.c",

@@ -21,12 +21,12 @@ enum {
 
 QN_INLINE void multiply_row_of_weights(const int R, const int V, VF sum[][QN_TILE_PANELS * PANEL_PARTS], const float *a, const float *b) {
     VF w[QN_TILE_PANELS * PANEL_PARTS];
-#pragma GCC unroll 6
+#pragma GCC unroll 8
     for (int v = 0; v < V; v++) w[v] = vf_load(b + v * QN_W);
 #pragma GCC unroll 9
     for (int r = 0; r < R; r++) {
         VF x = vf_splat(a[r * QN_KR]);
-#pragma GCC unroll 6
+#pragma GCC unroll 8
         for (int v = 0; v < V; v++) sum[r][v] = vf_fma(x, w[v], sum[r][v]);
     }
 }
@@ -36,7 +36,7 @@ QN_INLINE void tile_float_fixed(const int R, const int V, int64_t k, const float
     VF sum[QN_FLOAT_ROWS][QN_TILE_PANELS * PANEL_PARTS];
 #pragma GCC unroll 9
     for (int r = 0; r < R; r++)
-#pragma GCC unroll 6
+#pragma GCC unroll 8
         for (int v = 0; v < V; v++) sum[r][v] = vf_load(acc + r * QN_TILE_COLS + v * QN_W);
     int64_t i = 0;
     for (; i + QN_KR <= k; i += QN_KR, a += R * QN_KR, b += QN_KR * V * QN_W) {
@@ -46,7 +46,7 @@ QN_INLINE void tile_float_fixed(const int R, const int V, int64_t k, const float
     for (; i < k; i++, a++, b += V * QN_W) multiply_row_of_weights(R, V, sum, a, b);
 #pragma GCC unroll 9
     for (int r = 0; r < R; r++)
-#pragma GCC unroll 6
+#pragma GCC unroll 8
         for (int v = 0; v < V; v++) vf_store(acc + r * QN_TILE_COLS + v * QN_W, sum[r][v]);
 }
 
@@ -89,7 +89,7 @@ QN_INLINE void decode_codes(const code_kind kind, const qn_weights *w, const uin
         }
 #pragma GCC unroll 2
         for (int half = 0; half < step / QN_KR; half++, out += QN_KR * stride) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
             for (int v = 0; v < PANEL_PARTS; v++) {
                 VF value[QN_KR];
                 decode_step(kind, half, code[v], terms + v, value);
@@ -115,7 +115,7 @@ static void decode(const qn_weights *w, const uint8_t *panel, int64_t g, int64_t
 QN_INLINE void multiply_careful(const code_kind kind, const int R, const int V, VF sum[][QN_DIRECT_PANELS * PANEL_PARTS],
                                 const float *const x[], int64_t k, int count, const VU code[], const decode_terms terms[]) {
     for (int j = 0; j < count; j++) {
-#pragma GCC unroll 6
+#pragma GCC unroll 8
         for (int v = 0; v < V; v++) {
             VF value = decode_one(kind, code[v], j, terms + v);
 #pragma GCC unroll 6
@@ -136,7 +136,7 @@ QN_INLINE void direct_fixed(const code_kind kind, const int R, const int P, cons
 #pragma GCC unroll 6
     for (int r = 0; r < R; r++) { /* a tile that is larger than the rows there are has the last one several times */
         x[r] = (const float *)(const void *)(rows->a + (row + (r < count ? r : count - 1)) * rows->a_stride);
-#pragma GCC unroll 6
+#pragma GCC unroll 8
         for (int v = 0; v < V; v++) sum[r][v] = vf_splat(0.0f);
     }
     for (int64_t g = 0; g < w->groups; g++) {
@@ -144,12 +144,12 @@ QN_INLINE void direct_fixed(const code_kind kind, const int R, const int P, cons
         const int64_t first = g * w->group, end = qn_min64(first + w->group, w->k);
         decode_terms terms[QN_DIRECT_PANELS * PANEL_PARTS];
         VU code[QN_DIRECT_PANELS * PANEL_PARTS];
-#pragma GCC unroll 6
+#pragma GCC unroll 8
         for (int v = 0; v < V; v++)
             terms[v] = terms_of_group(kind, w, base + v / PANEL_PARTS * w->panel_bytes, g, v % PANEL_PARTS * QN_W, scaled);
         int64_t k = first;
         for (; k < end; k += step, codes += 64) {
-#pragma GCC unroll 6
+#pragma GCC unroll 8
             for (int v = 0; v < V; v++)
                 code[v] = vu_load((const uint32_t *)(codes + v / PANEL_PARTS * w->panel_bytes) + v % PANEL_PARTS * QN_W);
             int left = end - k < step ? (int)(end - k) : step;
@@ -159,7 +159,7 @@ QN_INLINE void direct_fixed(const code_kind kind, const int R, const int P, cons
             }
 #pragma GCC unroll 2
             for (int half = 0; half < step / QN_KR; half++) {
-#pragma GCC unroll 6
+#pragma GCC unroll 8
                 for (int v = 0; v < V; v++) {
                     VF value[QN_KR];
                     decode_step(kind, half, code[v], terms + v, value);
@@ -172,7 +172,7 @@ QN_INLINE void direct_fixed(const code_kind kind, const int R, const int P, cons
             }
         }
         if (scaled) continue; /* one chain over all groups; else a chain, a scale and a sum each */
-#pragma GCC unroll 6
+#pragma GCC unroll 8
         for (int v = 0; v < V; v++) {
             VF scale = vf_load((const float *)(base + v / PANEL_PARTS * w->panel_bytes + w->scale_at) + g * QN_NR + v % PANEL_PARTS * QN_W);
 #pragma GCC unroll 6
@@ -188,7 +188,7 @@ QN_INLINE void direct_fixed(const code_kind kind, const int R, const int P, cons
     if (!scaled) return;
 #pragma GCC unroll 6
     for (int r = 0; r < R; r++)
-#pragma GCC unroll 6
+#pragma GCC unroll 8
         for (int v = 0; v < V; v++) vf_store(out + r * QN_TILE_COLS + v * QN_W, sum[r][v]);
 }
 

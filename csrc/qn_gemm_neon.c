@@ -8,6 +8,7 @@
  * int4 weights are unsigned nibbles as they are. A register holds one k-step of four columns, and a panel has four.
  */
 #include "qn_gemm.h"
+#include "qn_float_neon.h"
 
 #if defined(__aarch64__) && defined(__GNUC__)
 #include <arm_neon.h>
@@ -253,6 +254,7 @@ QN_INLINE void layer_tile_fixed(const int R, const int V, const int h, const qn_
     VU sum[TILE_ROWS][COLUMN_VECTORS], offset[16];
 #pragma GCC unroll 16
     for (int v = 0; v < V; v++) offset[v] = offset_of_panel(w, panel, h * HALF + v);
+    ask_for_outputs(R, V * QN_W, c, rows, row, panel * QN_NR + h * HALF * QN_W);
     multiply(R, V, 0, offset, w->group_k, rows->a + row * rows->a_stride, rows->a_stride,
              w->data + panel * w->panel_bytes + w->codes_at + h * HALF * 16, w->panel_bytes, sum);
     finish_tile(R, V, c, rows, row, panel * QN_NR + h * HALF * QN_W, sum);
@@ -323,42 +325,6 @@ static void tile_int4(int rows, int panels, int64_t k, const uint8_t *a, int64_t
     tiles(1, rows, panels, k, a, a_stride, b, panel_bytes, acc);
 }
 
-/* R rows by one panel: 4 R accumulators, carried in acc from call to call. */
-QN_INLINE void tile_float_rows(const int R, int64_t k, const uint8_t *a, int64_t a_stride, const float *b, float *acc) {
-    VF sum[6][PANEL_VECTORS];
-#pragma GCC unroll 6
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-        for (int v = 0; v < PANEL_VECTORS; v++) sum[r][v] = vf_load(acc + r * QN_TILE_COLS + v * QN_W);
-    for (int64_t i = 0; i < k; i++, b += QN_NR) {
-        VF w[PANEL_VECTORS];
-#pragma GCC unroll 4
-        for (int v = 0; v < PANEL_VECTORS; v++) w[v] = vf_load(b + v * QN_W);
-#pragma GCC unroll 6
-        for (int r = 0; r < R; r++) {
-            VF x = vf_splat(((const float *)(a + r * a_stride))[i]);
-#pragma GCC unroll 4
-            for (int v = 0; v < PANEL_VECTORS; v++) sum[r][v] = vf_fma(x, w[v], sum[r][v]);
-        }
-    }
-#pragma GCC unroll 6
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-        for (int v = 0; v < PANEL_VECTORS; v++) vf_store(acc + r * QN_TILE_COLS + v * QN_W, sum[r][v]);
-}
-
-static void tile_float(int rows, int panels, int64_t k, const uint8_t *a, int64_t a_stride, const float *b, float *acc) {
-    (void)panels; /* one */
-    switch (rows) {
-    case 1: tile_float_rows(1, k, a, a_stride, b, acc); break;
-    case 2: tile_float_rows(2, k, a, a_stride, b, acc); break;
-    case 3: tile_float_rows(3, k, a, a_stride, b, acc); break;
-    case 4: tile_float_rows(4, k, a, a_stride, b, acc); break;
-    case 5: tile_float_rows(5, k, a, a_stride, b, acc); break;
-    default: tile_float_rows(6, k, a, a_stride, b, acc); break;
-    }
-}
-
 #if defined(QN_TARGET) && defined(__clang__)
 #pragma clang attribute pop
 #elif defined(QN_TARGET)
@@ -385,9 +351,10 @@ const qn_kernel KERNEL = {
     .name = "neon", .rate = 25,
 #endif
     .usable = usable, .a_bytes = QN_A_BYTES, .float_rate = 16, .rows = ROWS, .panels = 3, .float_rows = 6, .float_panels = 1,
-    .layer_rows = ROWS, .layer_panels = {0, ROW_PANELS, 1, 1, 1, 1, 1, 1, 1}, .layer_tile = layer_tile,
+    .direct_rows = 6, .layer_rows = ROWS, .layer_panels = {0, ROW_PANELS, 1, 1, 1, 1, 1, 1, 1}, .layer_tile = layer_tile,
     .quantize_rows = quantize_rows, .range = finite_range, .quantize_values = quantize_values, .tile_int8 = tile_int8,
-    .tile_int4 = tile_int4, .tile_float = tile_float, .decode = decode, .epilogue = epilogue,
+    .tile_int4 = tile_int4, .tile_float = qn_neon_tile_float, .float_direct = qn_neon_float_direct, .decode = qn_neon_decode,
+    .epilogue = epilogue,
 };
 #else
 typedef int qn_gemm_neon_is_for_aarch64; /* a translation unit may not be empty */

@@ -6,6 +6,8 @@
 #define QN_A_BYTES 1
 typedef float VF __attribute__((vector_size(16)));
 typedef uint32_t VU __attribute__((vector_size(16)));
+typedef int32_t VI __attribute__((vector_size(16)));
+typedef uint8_t VB __attribute__((vector_size(16)));
 
 static inline VF vf_load(const float *p) { return (VF)vld1q_f32(p); }
 static inline void vf_store(float *p, VF v) { vst1q_f32(p, (float32x4_t)v); }
@@ -24,6 +26,12 @@ static inline VU vu_max(VU a, VU b) { return (VU)vmaxq_u32((uint32x4_t)a, (uint3
 static inline VU vi_max(VU a, VU b) { return (VU)vmaxq_s32((int32x4_t)a, (int32x4_t)b); }
 static inline uint32_t vu_largest(VU v) { return vmaxvq_u32((uint32x4_t)v); }
 static inline uint32_t vi_largest(VU v) { return (uint32_t)vmaxvq_s32((int32x4_t)v); }
+static inline int vu_bytes_above(int count, const VU v[], int from, int span) {
+    uint8x16_t largest = vdupq_n_u8(0);
+    for (int i = 0; i < count; i++)
+        largest = vmaxq_u8(largest, vsubq_u8(vshlq_n_u8((uint8x16_t)v[i], 1), vdupq_n_u8((uint8_t)from)));
+    return vmaxvq_u8(largest) > span;
+}
 static inline VF vf_from_vu(VU v) { return (VF)vcvtq_f32_s32((int32x4_t)v); }
 static inline VU vu_from_vf(VF x) { return (VU)vcvtq_s32_f32((float32x4_t)x); }
 static inline VF vf_bits(VU v) { return (VF)v; }

@@ -233,8 +233,12 @@ static void run_operations(const layer *l, edge at) {
         kernel->tile_int4(count, some, k8, tight.data, k8 * kernel->a_bytes, b.data, k8 * QN_NR, acc[1]);
         float sum[TILE] = {0};
         int float_rows = rows < kernel->float_rows ? rows : kernel->float_rows;
-        if (kernel->float_panels == 1)
-            kernel->tile_float(float_rows, 1, floats_k, fa.data, floats_k * 4, (const float *)(void *)fb.data, sum);
+        block tile = guarded(float_rows * qn_round_up(floats_k, QN_KR) * 4, at);
+        for (int r = 0; r < float_rows; r++)
+            for (int64_t j = 0; j < floats_k; j++)
+                memcpy(tile.data + ((j / QN_KR * float_rows + r) * QN_KR + j % QN_KR) * 4, fa.data + (r * floats_k + j) * 4, 4);
+        kernel->tile_float(float_rows, 1, floats_k, (const float *)(void *)tile.data, (const float *)(void *)fb.data, sum);
+        release(&tile);
         if (i == 0) {
             memcpy(first_range, range, sizeof range);
             memcpy(first_codes, codes.data, (size_t)n);
@@ -248,7 +252,8 @@ static void run_operations(const layer *l, edge at) {
                 }
             memset(first_float, 0, sizeof first_float);
             for (int r = 0; r < QN_TILE_ROWS; r++)
-                kernel->tile_float(1, 1, floats_k, fa.data + r * floats_k * 4, 0, (const float *)(void *)fb.data, first_float + r * QN_TILE_COLS);
+                kernel->tile_float(1, 1, floats_k, (const float *)(void *)(fa.data + r * floats_k * 4), (const float *)(void *)fb.data,
+                                   first_float + r * QN_TILE_COLS);
         }
         compare(kernel, "a range", l, range, first_range, sizeof range);
         compare(kernel, "codes of values", l, codes.data, first_codes, n);
@@ -257,9 +262,8 @@ static void run_operations(const layer *l, edge at) {
             compare(kernel, "a tile of int8", l, together + r * QN_TILE_COLS, first_acc[0] + r * QN_TILE_COLS, some * QN_NR * 4);
             compare(kernel, "a tile of int4", l, acc[1] + r * QN_TILE_COLS, first_acc[1] + r * QN_TILE_COLS, some * QN_NR * 4);
         }
-        for (int r = 0; r < float_rows; r++)
-            compare(kernel, "a tile of floats", l, sum + r * QN_TILE_COLS, first_float + r * QN_TILE_COLS,
-                    kernel->float_panels == 1 ? QN_NR * 4 : 0);
+        for (int r = 0; r < qn_min64(float_rows, QN_TILE_ROWS); r++)
+            compare(kernel, "a tile of floats", l, sum + r * QN_TILE_COLS, first_float + r * QN_TILE_COLS, QN_NR * 4);
         release(&codes);
         release(&tight);
     }
