@@ -2,9 +2,10 @@
 
     python tests/crash_saving.py --kills 200
 
-A process saves one model after another over the same file and is killed with SIGKILL at a random moment, so many times; between kills the
-file is verified and compared with what was to be written. Then the same save meets a full disk (a small tmpfs where this
-process may mount one, a limit on the size of files everywhere), a read-only folder, and the very file that it is mapped from.
+A process saves one model after another over the same file and is killed with SIGKILL at a random moment, so many times;
+between kills the file is verified and compared with what was to be written. Then the same save meets a full disk (a
+small tmpfs where this process may mount one, a limit on the size of files everywhere), a read-only folder, and the very
+file that it is mapped from.
 """
 
 from __future__ import annotations
@@ -81,7 +82,9 @@ def kill(times: int, seed: int = 0) -> dict[str, int]:
             time.sleep(rng.uniform(0, 0.1))
             os.kill(child, signal.SIGKILL)
             _, status = os.waitpid(child, 0)
-            assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, f"the saver ended by itself: {status}"
+            assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (
+                f"the saver ended by itself: {status}"
+            )
             value_of(path)
             counts["kills"] += 1
             counts["found new"] += path.stat().st_mtime_ns != before
@@ -96,7 +99,9 @@ def kill(times: int, seed: int = 0) -> dict[str, int]:
 def small_disk(folder: Path, size: int) -> Iterator[bool]:
     """A tmpfs of so many bytes mounted on the folder, where that is allowed."""
     libc = ctypes.CDLL(None, use_errno=True)
-    mounted = sys.platform == "linux" and libc.mount(b"none", os.fsencode(folder), b"tmpfs", 0, f"size={size}".encode()) == 0
+    mounted = (
+        sys.platform == "linux" and libc.mount(b"none", os.fsencode(folder), b"tmpfs", 0, f"size={size}".encode()) == 0
+    )
     try:
         yield mounted
     finally:
@@ -146,7 +151,7 @@ def full_disk() -> str:
 
 
 def read_only_folder() -> str:
-    """A folder in which nothing can be made. Root may write everywhere but on a file system that is mounted read-only."""
+    """A folder in which nothing can be made; root may write everywhere but on what is mounted read-only."""
     libc = ctypes.CDLL(None, use_errno=True)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "m.safetensors"
@@ -171,7 +176,7 @@ def read_only_folder() -> str:
 
 
 def over_the_mapped_file() -> None:
-    """A model that is mapped from a file is saved over that file, and so is another; the mapped one stays what it was."""
+    """A mapped model is saved over its own file, and so is another; the mapped one stays what it was."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "m.safetensors"
         model_of(1).save(path)

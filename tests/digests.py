@@ -29,7 +29,7 @@ CONFIGS = (
 
 
 def floats(rng: np.random.Generator, *shape: int) -> np.ndarray[Any, Any]:
-    """Normal numbers of several sizes, some subnormal, some huge, but no NaN, whose bits are an operation's own choice."""
+    """Normal numbers of several sizes, some subnormal, some huge; no NaN, whose bits are an operation's choice."""
     x = rng.standard_normal(shape) * 10.0 ** rng.integers(-3, 3, shape)
     rare = rng.random(shape)
     x = np.where(rare < 0.01, x * 1e-41, np.where(rare > 0.995, x * 1e30, x))
@@ -61,7 +61,9 @@ def static_layers(rng: np.random.Generator) -> Iterable[np.ndarray[Any, Any]]:
     observer = qn.make_observer("min_max")
     observer.observe(x)
     qparams = observer.qparams(qn.QuantConfig("uint8").asymmetric())
-    layer = qn.QuantizedLinear.from_float(w, None, qn.QuantConfig.int8_per_channel(), qparams, output=qparams, activation="gelu")
+    layer = qn.QuantizedLinear.from_float(
+        w, None, qn.QuantConfig.int8_per_channel(), qparams, output=qparams, activation="gelu"
+    )
     yield layer(x)
 
 

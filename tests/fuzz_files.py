@@ -2,16 +2,20 @@
 
     python tests/fuzz_files.py --files 1000000 --report fuzz.json
 
-Guided by coverage where atheris is installed (``pip install atheris``), random with a seed where not. Files are mutated by structure:
-values of the header, of the document within it and of the layers within that change, appear, double and vanish while lengths,
-offsets and digests mostly stay right, so that what lies behind the first checks is reached too. Each file is
+Guided by coverage where atheris is installed (``pip install atheris``), random with a seed where not. Files are mutated
+by structure: values of the header, of the document within it and of the layers within that change, appear, double and
+vanish while lengths, offsets and digests mostly stay right, so that what lies behind the first checks is reached too.
+Each file is
 
-1. opened and read whole: only FormatError, and what is accepted the reference library accepts too, with the same names, dtypes,
-   shapes and bytes; what it accepts and qnative refuses must be refused for one of the rules that are stricter on purpose;
-2. loaded as a model, plainly and mapped: only FormatError, or a model whose layers can be called and which can be saved;
+1. opened and read whole: only FormatError, and what is accepted the reference library accepts too, with the same names,
+   dtypes, shapes and bytes; what it accepts and qnative refuses must be refused for one of the rules that are stricter
+   on purpose;
+2. loaded as a model, plainly and mapped: only FormatError, or a model whose layers can be called and which can be
+   saved;
 3. one file in 16, read with every allocation traced: at most twice the file's size and 16 MiB (16 times for JSON).
 
-The address space has a limit too, so a number that sizes an allocation ends as a MemoryError, which counts as a failure.
+The address space has a limit too, so a number that sizes an allocation ends as a MemoryError, which counts as a
+failure.
 """
 
 from __future__ import annotations
@@ -65,13 +69,14 @@ STRICTER = re.compile(
 )
 
 INTERESTING = [
-    0, 1, -1, 2, 3, 4, 7, 8, 9, 16, 31, 32, 63, 64, 65, 127, 128, 255, 256, 2**15, 2**16, 2**31 - 1, 2**31, 2**32, 2**32 + 1,
-    2**40, 2**53, 2**60, 2**62, 2**63 - 1, 2**63, 2**64 - 1, 2**64, 10**30, 0.0, -0.0, 0.5, 1.0, 1e-45, 1e39, 1e308, None, True,
-    False, "", "0", "inf", "nan", "int8", "uint8", "int4", "uint4", "float8_e4m3fn", "float8_e5m2", "float32", "float16", "bfloat16",
-    "per_tensor", "per_channel", "per_group", "symmetric", "asymmetric", "linear", "tensor", "dynamic", "dynamic_symmetric", "float",
-    "relu", "gelu", "silu", "mixed-precision", "dense", "pack-quantized", "BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4",
-    "U16", "I16", "F16", "BF16", "I32", "U32", "F32", "F64", "I64", "U64", "C64", "\ud800", "\x00", "é", "x" * 300, [], {}, [[]], [0],
-    [1, 1], [0, 0], [2**63 - 1, 2**63 - 1],
+    0, 1, -1, 2, 3, 4, 7, 8, 9, 16, 31, 32, 63, 64, 65, 127, 128, 255, 256, 2**15, 2**16, 2**31 - 1, 2**31, 2**32,
+    2**32 + 1, 2**40, 2**53, 2**60, 2**62, 2**63 - 1, 2**63, 2**64 - 1, 2**64, 10**30, 0.0, -0.0, 0.5, 1.0, 1e-45,
+    1e39, 1e308, None, True, False, "", "0", "inf", "nan", "int8", "uint8", "int4", "uint4", "float8_e4m3fn",
+    "float8_e5m2", "float32", "float16", "bfloat16", "per_tensor", "per_channel", "per_group", "symmetric",
+    "asymmetric", "linear", "tensor", "dynamic", "dynamic_symmetric", "float", "relu", "gelu", "silu", "mixed-
+    precision", "dense", "pack-quantized", "BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "U16", "I16",
+    "F16", "BF16", "I32", "U32", "F32", "F64", "I64", "U64", "C64", "\ud800", "\x00", "é", "x" * 300, [], {}, [[]],
+    [0], [1, 1], [0, 0], [2**63 - 1, 2**63 - 1],
 ]  # fmt: skip
 
 
@@ -112,7 +117,9 @@ def nearby(value: Any, rng: random.Random) -> Any:
     if isinstance(value, bool) or rng.random() < 0.4:
         return rng.choice(INTERESTING)
     if isinstance(value, int):
-        return rng.choice([value + 1, value - 1, -value, value * 2, value // 2, value + (1 << rng.randrange(66)), float(value)])
+        return rng.choice(
+            [value + 1, value - 1, -value, value * 2, value // 2, value + (1 << rng.randrange(66)), float(value)]
+        )
     if isinstance(value, float):
         return rng.choice([-value, value * 1e30, value / 1e30, int(value) if abs(value) < 1e9 else 0])
     if isinstance(value, str):
@@ -122,9 +129,15 @@ def nearby(value: Any, rng: random.Random) -> Any:
                 return dump(mutated(parse(value), rng))
             except (ValueError, RecursionError):
                 pass
-        return rng.choice([value[:at] + value[at + 1 :], value[:at] + chr(rng.randrange(128)) + value[at:], value.upper(), value * 2])
+        return rng.choice(
+            [value[:at] + value[at + 1 :], value[:at] + chr(rng.randrange(128)) + value[at:], value.upper(), value * 2]
+        )
     if isinstance(value, list) and value:
-        return rng.choice([value[:-1], [*value, value[-1]], value[::-1]]) if not isinstance(value, Pairs) else Pairs(value[:-1])
+        return (
+            rng.choice([value[:-1], [*value, value[-1]], value[::-1]])
+            if not isinstance(value, Pairs)
+            else Pairs(value[:-1])
+        )
     return rng.choice(INTERESTING)
 
 
@@ -268,7 +281,9 @@ class Judge:
                 self.model(path)
             if trace:
                 peak = tracemalloc.get_traced_memory()[1]
-                assert peak <= (16 if is_json else 2) * len(content) + 16 * MIB, f"{peak} bytes for a file of {len(content)}"
+                assert peak <= (16 if is_json else 2) * len(content) + 16 * MIB, (
+                    f"{peak} bytes for a file of {len(content)}"
+                )
                 self.most_traced = max(self.most_traced, peak)
         finally:
             if trace:
@@ -407,7 +422,7 @@ def run(count: int, seed: int, seconds: float, report: str | None, guided: bool)
 
         def summary() -> None:
             found = {
-                **judge.counts, "seconds": round(time.monotonic() - started), "guided by coverage": guided, "failures": 0,
+                **judge.counts, "seconds": round(time.monotonic() - started), "guided": guided, "failures": 0,
                 "most bytes traced": judge.most_traced, "resident bytes grown": resident() - warm if warm else None,
             }  # fmt: skip
             if report:

@@ -4,7 +4,7 @@
  * usable kernel, and each kernel's own operations; an operand ends exactly at a forbidden page in one pass and begins at one
  * in the next, and all memory is filled with 0xA5 before, so that what is read without having been written shows.
  *
- *     guarded [shapes] [seed]
+ *     guarded [shapes] [seed]      or, to see that a forbidden page ends the program, guarded --trespass
  *
  * The first line of output is a hash of what the scalar kernel computed, the same on every machine; the second names the kernels that
  * were compared with it. Fails when a kernel computes other bytes; a touched page ends the program by a signal.
@@ -272,6 +272,10 @@ static void run_operations(const layer *l, edge at) {
 }
 
 int main(int count, char **arguments) {
+    if (count > 1 && strcmp(arguments[1], "--trespass") == 0) { /* is what is forbidden? */
+        block b = guarded(100, ENDS);
+        return ((volatile uint8_t *)b.data)[100];
+    }
     long shapes = count > 1 ? atol(arguments[1]) : 100;
     state = count > 2 ? (uint64_t)atoll(arguments[2]) * 0x9E3779B97F4A7C15ull + 1 : 1;
     for (long i = 0; i < shapes; i++) {

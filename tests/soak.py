@@ -1,10 +1,13 @@
-"""Mixed calls from many threads for minutes: no result ever different, no memory kept. And a leak test of every public call.
+"""Mixed calls from many threads for minutes.
+
+No result ever different, no memory kept. And a leak test of every public call.
 
     python tests/soak.py --minutes 10 --threads 40
 
-Each thread draws calls at random: layers of every kind (shared by all threads, some packed while others call them), elementwise
-functions, observers, saving and loading, the number of threads changed meanwhile, errors that are raised on purpose. Every result's digest
-is compared with that of the first time. Resident memory is looked at after a warm-up of a tenth of the time and at the end.
+Each thread draws calls at random: layers of every kind (shared by all threads, some packed while others call them),
+elementwise functions, observers, saving and loading, the number of threads changed meanwhile, errors that are raised on
+purpose. Every result's digest is compared with that of the first time. Resident memory is looked at after a warm-up of
+a tenth of the time and at the end.
 """
 
 from __future__ import annotations
@@ -28,8 +31,8 @@ import numpy as np
 import qnative as qn
 
 CONFIGS = (
-    qn.QuantConfig.int8_per_channel(), qn.QuantConfig.int8_per_channel().asymmetric(), qn.QuantConfig.int4_per_group(16),
-    qn.QuantConfig.int8().per_group(32), qn.QuantConfig.fp8(),
+    qn.QuantConfig.int8_per_channel(), qn.QuantConfig.int8_per_channel().asymmetric(), qn.QuantConfig.fp8(),
+    qn.QuantConfig.int4_per_group(16), qn.QuantConfig.int8().per_group(32),
 )  # fmt: skip
 ROWS, COLUMNS = 96, 160
 
@@ -108,17 +111,23 @@ def calls(folder: Path) -> dict[str, Call]:
         found[f"load while it is saved {suffix}"] = loaded
 
     def refused() -> Any:
-        for wrong in (lambda: qn.quantize(w, -1.0), lambda: qn.encode(w, "float7"), lambda: shared["nothing"],
-                      lambda: qn.QuantizedLinear.from_float(w, bias[:3], CONFIGS[0]), lambda: qn.QuantizedModel.load(bad)):  # fmt: skip
+        wrong: tuple[Call, ...] = (
+            lambda: qn.quantize(w, -1.0),
+            lambda: qn.encode(w, "float7"),
+            lambda: shared["nothing"],
+            lambda: qn.QuantizedLinear.from_float(w, bias[:3], CONFIGS[0]),
+            lambda: qn.QuantizedModel.load(bad),
+        )
+        for call in wrong:
             try:
-                wrong()
+                call()
             except (ValueError, KeyError, TypeError):
                 continue
             raise AssertionError("a wrong call went through")
         return np.zeros(1)
 
     bad = folder / "bad.safetensors"
-    bad.write_bytes(b"\x08\0\0\0\0\0\0\0{\"a\":0}}")
+    bad.write_bytes(b'\x08\0\0\0\0\0\0\0{"a":0}}')
     found["refusals"] = refused
 
     def fewer_threads() -> Any:
@@ -140,7 +149,9 @@ def soak(seconds: float, threads: int) -> dict[str, Any]:
         every = calls(Path(folder))
         names = list(every)
         expected = {name: digest(call()) for name, call in every.items()}
-        assert expected == {name: digest(call()) for name, call in every.items()}, "calls do not even repeat on one thread"
+        assert expected == {name: digest(call()) for name, call in every.items()}, (
+            "calls do not even repeat on one thread"
+        )
         end, failures, done = time.monotonic() + seconds, [], [0] * threads
 
         def work(thread: int) -> None:
@@ -171,7 +182,8 @@ def soak(seconds: float, threads: int) -> dict[str, Any]:
         qn.set_num_threads(None)
         gc.collect()
         found = {
-            "threads": threads, "seconds": seconds, "calls": sum(done), "kinds of calls": len(names), "different results": len(failures),
+            "threads": threads, "seconds": seconds, "calls": sum(done), "kinds of calls": len(names),
+            "different results": len(failures),
             "resident bytes after warm-up": warm, "at most": most, "grown at the end": resident() - warm,
         }  # fmt: skip
         assert not failures, failures
