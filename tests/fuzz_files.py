@@ -70,13 +70,13 @@ STRICTER = re.compile(
 
 INTERESTING = [
     0, 1, -1, 2, 3, 4, 7, 8, 9, 16, 31, 32, 63, 64, 65, 127, 128, 255, 256, 2**15, 2**16, 2**31 - 1, 2**31, 2**32,
-    2**32 + 1, 2**40, 2**53, 2**60, 2**62, 2**63 - 1, 2**63, 2**64 - 1, 2**64, 10**30, 0.0, -0.0, 0.5, 1.0, 1e-45,
+    2**32 + 1, 2**40, 2**53, 2**60, 2**62, 2**63 - 1, 2**63, 2**64 -1, 2**64, 10**30, 0.0, -0.0, 0.5, 1.0, 1e-45,
     1e39, 1e308, None, True, False, "", "0", "inf", "nan", "int8", "uint8", "int4", "uint4", "float8_e4m3fn",
     "float8_e5m2", "float32", "float16", "bfloat16", "per_tensor", "per_channel", "per_group", "symmetric",
-    "asymmetric", "linear", "tensor", "dynamic", "dynamic_symmetric", "float", "relu", "gelu", "silu", "mixed-
-    precision", "dense", "pack-quantized", "BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "U16", "I16",
-    "F16", "BF16", "I32", "U32", "F32", "F64", "I64", "U64", "C64", "\ud800", "\x00", "é", "x" * 300, [], {}, [[]],
-    [0], [1, 1], [0, 0], [2**63 - 1, 2**63 - 1],
+    "asymmetric", "linear", "tensor", "dynamic", "dynamic_symmetric", "float", "relu", "gelu", "silu",
+    "mixed-precision", "dense", "pack-quantized", "BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "U16",
+    "I16", "F16", "BF16", "I32", "U32", "F32", "F64", "I64", "U64", "C64", "\ud800", "\x00", "é", "x" * 300, [], {},
+    [[]], [0], [1, 1], [0, 0], [2**63 - 1, 2**63 - 1],
 ]  # fmt: skip
 
 
