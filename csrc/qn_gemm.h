@@ -47,6 +47,7 @@ enum {
     QN_SEGMENT = 32768,   /* k whose raw sum of u8 * s8 surely fits int32: 255 * 128 * 32768 < 2^31 */
     QN_PAIR_GROUP = 128,  /* k whose sum of differences of codes surely fits int16: 255 * 128 < 2^15 */
     QN_MAX_K = 1 << 23,   /* sums of codes fit int32 up to here: 255 * 2^23 < 2^31 */
+    QN_TERM_BYTES = 128,  /* an unpacked group's scales and pairs, of a panel */
     QN_TILE_ROWS = 8,     /* no kernel's tile is larger than this */
     QN_TILE_PANELS = 3,
     QN_TILE_COLS = QN_TILE_PANELS * QN_NR,
@@ -112,8 +113,22 @@ typedef struct {
     int64_t a_stride;       /* bytes */
     float *scale;           /* [count] */
     int32_t *zero;          /* [count], of the unsigned code */
-    int32_t *sum;           /* [count][groups], sums of codes (for tile_groups pairs, see there) */
+    int32_t *sum;           /* of the codes of row i, group g, at i * sum_row + g * sum_group; for `tile_groups` pairs, see there */
+    int64_t sum_row, sum_group;
 } qn_rows;
+
+/* Some groups of a tile's rows and panels, unpacked, for `tile_groups`. */
+typedef struct {
+    int rows, panels;
+    int64_t groups, group_k;
+    const uint8_t *a;            /* the rows' codes of these groups, a byte each */
+    int64_t a_stride;
+    const uint8_t *codes, *terms; /* as `unpack_groups` has made them, panels beside each other in a k-step, and in a group */
+    const int32_t *pairs;        /* [groups][pairs_stride], of which a group's first are the rows' */
+    int64_t pairs_stride;
+    const float *row_scale;      /* [rows] */
+    float *sum;                  /* [rows][QN_TILE_COLS], added to */
+} qn_group_tile;
 
 /* An instruction set's operations. Tiles are written as [rows][QN_TILE_COLS]. */
 typedef struct {
@@ -142,11 +157,16 @@ typedef struct {
                       int64_t panel_bytes, int32_t *acc);
     void (*tile_int4)(int rows, int panels, int64_t k, const uint8_t *a, int64_t a_stride, const uint8_t *b,
                       int64_t panel_bytes, int32_t *acc);
-    /* All groups of rows by one panel: sum[row] = the groups' products, added in ascending order. May be NULL. Groups are
-     * of at most QN_PAIR_GROUP; rows->sum holds pairs: a row's zero point and, times 2^16, its sum of codes less the zero
-     * points. With the panel's sum of codes and zero point in the same places, one multiply-add of 16-bit pairs gives
-     * both corrections. */
-    void (*tile_groups)(const qn_call *c, const qn_rows *rows, int64_t row, int count, const uint8_t *panel, float *sum);
+    /* Int8 and int4 weights with small groups (of at most QN_PAIR_GROUP). `unpack_groups` unpacks groups [first, first +
+     * groups) of a panel: a k-step of codes is 64 bytes, as int8's, and the next is `step` bytes on; int4's are 0..15. A group's
+     * terms are its scales, float [16], and pairs of int16 [16]: minus the sum of codes, and times 2^16 minus the zero point.
+     * The rows' pairs are a row's zero point and, times 2^16, its sum of codes less the zero points: one multiply-add of pairs
+     * takes both corrections off. `tile_groups` adds the groups' products in ascending order to t->sum, rows up to group_rows by
+     * panels up to group_panels. May be NULL. */
+    int32_t group_rows, group_panels;
+    void (*unpack_groups)(const qn_weights *w, const uint8_t *panel, int64_t first, int64_t groups, uint8_t *codes, int64_t step,
+                          uint8_t *terms, int64_t term_step);
+    void (*tile_groups)(const qn_group_tile *t);
     /* acc = fma(a[k], b[k], acc), k ascending; a is [k / 4][rows][4], the last k / 4 perhaps not full, b is
      * [k][panels * 16] decoded weights. */
     void (*tile_float)(int rows, int panels, int64_t k, const float *a, const float *b, float *acc);
@@ -208,6 +228,14 @@ int64_t qn_linear_work(const qn_kernel *kernel, const qn_call *c);
 /* Bytes of scratch that a call needs (64-byte aligned), and the call; `share` is used where threads > 1. */
 int64_t qn_scratch_bytes(const qn_kernel *kernel, const qn_call *c, int threads);
 void qn_linear(const qn_kernel *kernel, const qn_call *c, uint8_t *scratch, int threads, qn_share share);
+
+/* Weights with small groups, a part of the call: whether the kernel adds up the groups by itself; bytes of scratch of a thread;
+ * rows of a block by panels [first, last); and the rows' sums of codes into the pairs that `tile_groups` takes. */
+int qn_sums_groups(const qn_kernel *kernel, const qn_call *c);
+int64_t qn_groups_scratch(const qn_weights *w, int64_t rows);
+void qn_groups_block(const qn_kernel *kernel, const qn_call *c, const qn_rows *rows, int64_t first, int64_t last,
+                     uint8_t *scratch);
+void qn_pair_sums(const qn_call *c, const qn_rows *rows);
 
 /* One element's activation function, for tests and for the reference order of operations. */
 float qn_activate(float x, qn_activation activation);

@@ -273,56 +273,7 @@ static void tile_int4(int rows, int panels, int64_t k, const uint8_t *a, int64_t
 #undef CASE
 }
 
-/* R rows by one panel, group after group, with the groups' products added up in registers. */
-QN_INLINE void sum_groups(const int R, const int int4, const qn_call *c, const qn_rows *rows, int64_t row,
-                          const uint8_t *panel, float *sum) {
-    const qn_weights *w = c->w;
-    const uint8_t *a = rows->a + row * rows->a_stride, *b = panel + w->codes_at;
-    const __m512i low_nibble = _mm512_set1_epi8(15), low_half = _mm512_set1_epi32(0xFFFF);
-    __m512 total[QN_TILE_ROWS];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) total[r] = _mm512_set1_ps(-0.0f); /* -0 + x is x, for every x */
-    for (int64_t g = 0; g < w->groups; g++) {
-        VU acc[QN_TILE_ROWS][COLUMN_VECTORS];
-        __m512i step[1], odd[1];
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++) acc[r][0] = vu_splat(0);
-        for (int64_t i = 0; i < w->group_k; i += int4 ? 8 : 4, a += int4 ? 8 : 4, b += 64) {
-            step[0] = _mm512_loadu_si512(b);
-            if (int4) {
-                odd[0] = _mm512_and_si512(_mm512_srli_epi16(step[0], 4), low_nibble);
-                step[0] = _mm512_and_si512(step[0], low_nibble);
-            }
-            row_pointers at = {{a, a + 4 * rows->a_stride}, rows->a_stride, 3 * rows->a_stride};
-            multiply_step(R, 1, acc, &at, 0, step);
-            if (int4) multiply_step(R, 1, acc, &at, 4, odd);
-        }
-        __m512i pair = _mm512_and_si512(_mm512_loadu_si512(panel + w->sum_at + g * QN_NR * 4), low_half);
-        if (w->asymmetric)
-            pair = _mm512_or_si512(pair, _mm512_slli_epi32(_mm512_loadu_si512(panel + w->zero_at + g * QN_NR * 4), 16));
-        VF scale = vf_load((const float *)(panel + w->scale_at) + g * QN_NR);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++) {
-            __m512i correction = _mm512_madd_epi16(pair, _mm512_set1_epi32(rows->sum[(row + r) * w->groups + g]));
-            VF value = _mm512_cvtepi32_ps(_mm512_sub_epi32((__m512i)acc[r][0], correction));
-            total[r] = total[r] + value * (vf_splat(rows->scale[row + r]) * scale);
-        }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) vf_store(sum + r * QN_TILE_COLS, total[r]);
-}
-
-static void tile_groups(const qn_call *c, const qn_rows *rows, int64_t row, int count, const uint8_t *panel, float *sum) {
-#define GROUPS(R)                                                                                                      \
-    case R:                                                                                                            \
-        if (c->w->format == QN_INT4)                                                                                   \
-            sum_groups(R, 1, c, rows, row, panel, sum);                                                         \
-        else                                                                                                           \
-            sum_groups(R, 0, c, rows, row, panel, sum);                                                         \
-        break;
-    switch (count) { GROUPS(1) GROUPS(2) GROUPS(3) GROUPS(4) GROUPS(5) GROUPS(6) GROUPS(7) GROUPS(8) }
-#undef GROUPS
-}
+#include "qn_groups_avx512.h"
 
 #ifdef __clang__
 #pragma clang attribute pop
@@ -338,7 +289,8 @@ static int usable(void) {
 const qn_kernel qn_kernel_avx512vnni = {
     .name = "avx512vnni", .layer_rows = 8, .layer_panels = {0, QN_ANY_PANELS, 6, 4, 4, 4, 4, 3, 3}, .layer_tile = layer_tile, .usable = usable, .a_bytes = QN_A_BYTES, .rate = 200, .float_rate = 50, .rows = 8, .panels = 3, .float_rows = 9, .float_panels = 3, .direct_rows = 6,
     .quantize_rows = quantize_rows, .range = finite_range, .quantize_values = quantize_values, .tile_int8 = tile_int8, .tile_int4 = tile_int4,
-    .tile_groups = tile_groups, .tile_float = tile_float, .float_direct = float_direct,
+    .group_rows = 8, .group_panels = 3, .unpack_groups = unpack_groups, .tile_groups = tile_groups, .tile_float = tile_float,
+    .float_direct = float_direct,
     .decode = decode, .epilogue = epilogue,
 };
 #else

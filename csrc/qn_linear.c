@@ -4,19 +4,9 @@
  */
 #include "qn_atomic.h"
 #include "qn_float_mode.h"
-#include "qn_gemm.h"
+#include "qn_partition.h"
 
 #include <string.h>
-
-/* n things cut into parts of nearly the same size: the first `longer` have one more than the others. */
-typedef struct { int64_t parts, size, longer; } partition;
-
-static partition cut_evenly(int64_t n, int64_t parts) {
-    return n > 0 ? (partition){parts, n / parts, n % parts} : (partition){0, 0, 0};
-}
-
-static int64_t part_size(const partition *p, int64_t i) { return p->size + (i < p->longer); }
-static int64_t part_start(const partition *p, int64_t i) { return i * p->size + qn_min64(i, p->longer); }
 
 /* ---- the walk ---- */
 
@@ -37,7 +27,8 @@ static int is_float(const qn_call *c) { return c->input == QN_INPUT_FLOAT || c->
 static int64_t row_bytes(const qn_kernel *kernel, const qn_call *c) {
     if (c->input == QN_INPUT_FLOAT) return 0; /* x itself is read */
     if (is_float(c)) return qn_round_up(c->w->k * 4, 64);
-    return qn_round_up(c->w->groups * c->w->group_k * kernel->a_bytes, 64);
+    int64_t bytes = qn_round_up(c->w->groups * c->w->group_k * kernel->a_bytes, 64);
+    return qn_sums_groups(kernel, c) ? bytes | 64 : bytes; /* the rows of a piece of k in different sets of the L1 cache */
 }
 
 static int64_t block_rows(const qn_kernel *kernel, const qn_call *c) {
@@ -75,7 +66,7 @@ static scratch_layout layout_scratch(const qn_kernel *kernel, const qn_call *c) 
     s.rows = pieced * k * kernel->float_panels * QN_NR * 4;
     s.tiles = s.rows + pieced * qn_round_up(rows * k * 4, 64);
     s.totals = s.tiles + pieced * sums;
-    s.thread_bytes = s.totals + (adds_groups(c) ? pieced * sums : 0);
+    s.thread_bytes = qn_sums_groups(kernel, c) ? qn_groups_scratch(c->w, rows) : s.totals + (adds_groups(c) ? pieced * sums : 0);
     return s;
 }
 
@@ -107,29 +98,11 @@ static void wide_group(const qn_kernel *kernel, const qn_call *c, const qn_rows 
             int64_t entry = g * QN_NR + n % QN_NR, column = panel * QN_NR + n;
             int64_t v = total[r * QN_TILE_COLS + n] - zero * ((const int32_t *)(at + w->sum_at))[entry];
             if (w->asymmetric)
-                v -= ((const int32_t *)(at + w->zero_at))[entry] * (rows->sum[(row + r) * w->groups + g] - k * zero);
+                v -= ((const int32_t *)(at + w->zero_at))[entry] * (rows->sum[(row + r) * rows->sum_row + g * rows->sum_group] - k * zero);
             if (w->bias == QN_BIAS_INT32) v += ((const int32_t *)(at + w->bias_at))[n % QN_NR];
             if (c->output == QN_OUTPUT_ACC64 && column < w->n)
                 ((int64_t *)((uint8_t *)c->y + (rows->first + row + r) * c->y_stride))[g * w->n + column] = v;
             converted[r * QN_TILE_COLS + n] = (float)v;
-        }
-    }
-}
-
-/* Does the kernel add up the groups by itself? */
-static int sums_groups(const qn_kernel *kernel, const qn_call *c) {
-    return kernel->tile_groups && c->w->groups > 1 && c->w->group_k <= QN_PAIR_GROUP && !c->wide &&
-           c->output != QN_OUTPUT_ACC32 && c->w->bias != QN_BIAS_INT32;
-}
-
-/* Turn the rows' sums of codes into what `tile_groups` multiplies with the panels' sums and zero points. */
-static void pair_sums(const qn_call *c, const qn_rows *rows) {
-    const qn_weights *w = c->w;
-    for (int64_t i = 0; i < rows->count; i++) {
-        for (int64_t g = 0; g < w->groups; g++) {
-            int32_t *sum = rows->sum + i * w->groups + g, zero = rows->zero[i];
-            int32_t k = (int32_t)qn_min64(w->group, w->k - g * w->group);
-            *sum = (int32_t)((uint32_t)zero | (uint32_t)(*sum - k * zero) << 16);
         }
     }
 }
@@ -143,12 +116,6 @@ static void integer_tile(const qn_kernel *kernel, const qn_call *c, const qn_row
     const uint8_t *codes = w->data + panel * w->panel_bytes + w->codes_at;
     int32_t acc[QN_TILE_ROWS * QN_TILE_COLS];
     float converted[QN_TILE_ROWS * QN_TILE_COLS], sum[QN_TILE_ROWS * QN_TILE_COLS];
-    if (sums_groups(kernel, c)) {
-        for (int p = 0; p < panels; p++)
-            kernel->tile_groups(c, rows, row, count, w->data + (panel + p) * w->panel_bytes, sum + p * QN_NR);
-        kernel->epilogue(c, rows, row, count, panel, panels, w->groups - 1, 0, 0, sum);
-        return;
-    }
     for (int64_t g = 0; g < w->groups; g++) {
         const uint8_t *a = rows->a + row * rows->a_stride + g * w->group_k * kernel->a_bytes;
         const uint8_t *b = codes + g * group_bytes;
@@ -304,12 +271,14 @@ static void quantize_piece(const job *j, const qn_rows *rows) {
     const qn_call *c = j->c;
     qn_rows some = *rows;
     j->kernel->quantize_rows(c, &some);
-    if (sums_groups(j->kernel, c)) pair_sums(c, &some);
+    if (qn_sums_groups(j->kernel, c)) qn_pair_sums(c, &some);
 }
 
 static void multiply_piece(const job *j, const qn_rows *rows, int64_t first, int64_t last, int thread) {
-    if (is_float(j->c)) {
-        uint8_t *own = j->scratch + j->layout.threads + thread * j->layout.thread_bytes;
+    uint8_t *own = j->scratch + j->layout.threads + thread * j->layout.thread_bytes;
+    if (qn_sums_groups(j->kernel, j->c)) {
+        qn_groups_block(j->kernel, j->c, rows, first, last, own);
+    } else if (is_float(j->c)) {
         float_scratch scratch = {
             .decoded = (float *)(void *)own, .rows = (float *)(void *)(own + j->layout.rows),
             .tiles = (float *)(void *)(own + j->layout.tiles), .totals = (float *)(void *)(own + j->layout.totals),
@@ -325,11 +294,13 @@ static qn_rows rows_of_block(const job *j, int64_t block, int64_t first, int64_t
     const qn_call *c = j->c;
     int in_place = c->input == QN_INPUT_FLOAT;
     int64_t stride = in_place ? c->x_stride : row_bytes(j->kernel, c);
+    int by_group = qn_sums_groups(j->kernel, c); /* then the rows of a group lie side by side */
+    int64_t sum_row = by_group ? 1 : c->w->groups, sum_group = by_group ? j->block : 1;
     uint8_t *a = in_place ? (uint8_t *)c->x + block * stride : j->scratch;
     return (qn_rows){
         .first = block + first, .count = count, .a = a + first * stride, .a_stride = stride,
         .scale = (float *)(j->scratch + j->layout.scale) + first, .zero = (int32_t *)(j->scratch + j->layout.zero) + first,
-        .sum = (int32_t *)(j->scratch + j->layout.sum) + first * c->w->groups,
+        .sum = (int32_t *)(j->scratch + j->layout.sum) + first * sum_row, .sum_row = sum_row, .sum_group = sum_group,
     };
 }
 

@@ -301,7 +301,7 @@ static void quantize_row_integer(const qn_call *c, qn_rows *rows, int64_t i, row
     for (int64_t g = 0; g < w->groups; g++) {
         int64_t start = g * w->group, n = w->k - start < w->group ? w->k - start : w->group;
         uint8_t *to = a + g * w->group_k * QN_A_BYTES;
-        rows->sum[i * w->groups + g] = takes_codes(c)
+        rows->sum[i * rows->sum_row + g * rows->sum_group] = takes_codes(c)
             ? take_codes(x + start, n, c->input == QN_INPUT_INT8_CODES ? 0x80 : 0, to)
             : p.beyond ? quantize_floats((const float *)x + start, n, p, 1, to)
                        : quantize_floats((const float *)x + start, n, p, 0, to);
@@ -464,7 +464,7 @@ QN_INLINE VU correct(VU sum, const column_terms *t, int asymmetric, int32_t za, 
 /* The row's sum of a - za in group g. */
 QN_INLINE uint32_t corrected_sum(const qn_weights *w, const qn_rows *rows, int64_t i, int64_t g) {
     int64_t k = w->k - g * w->group < w->group ? w->k - g * w->group : w->group;
-    return (uint32_t)rows->sum[i * w->groups + g] - (uint32_t)k * (uint32_t)rows->zero[i];
+    return (uint32_t)rows->sum[i * rows->sum_row + g * rows->sum_group] - (uint32_t)k * (uint32_t)rows->zero[i];
 }
 
 enum { COLUMN_VECTORS = QN_TILE_VALUES / QN_W }; /* of a row of a tile, at most */

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from qnative import _core
 
-__all__ = ["as_float_array", "decode", "encode", "float_dtype", "plain_array"]
+__all__ = ["as_float_array", "decode", "deliver", "encode", "float_dtype", "out_target", "plain_array"]
 
 _FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
 _FLOAT16 = ("float16", "bfloat16")
@@ -54,7 +54,7 @@ def as_float_array(x: ArrayLike) -> NDArray[Any]:
     if isinstance(x, int) and not isinstance(x, bool):
         array = np.asarray(float(x))
     if array.dtype.name in _NAMES:
-        return array.astype(np.float32, order="C") if array.dtype.kind == "f" else decode(array, array.dtype.name)
+        return decode(array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("=")), array.dtype.name)
     if array.dtype.kind != "f" or array.dtype.itemsize > 8:
         raise TypeError(
             f"expected an array of float16, bfloat16, float32 or float64, not {array.dtype}; "
@@ -81,7 +81,32 @@ def float_dtype(name: object) -> np.dtype[Any]:
     return dtype
 
 
-def encode(x: ArrayLike, dtype: object, saturate: bool | None = None) -> NDArray[Any]:
+def out_target(out: NDArray[Any] | None, shape: tuple[int, ...], dtype: Any, source: NDArray[Any]) -> NDArray[Any] | None:
+    """Check a caller's `out`; return it if the native loops can write to it while they read `source`, else None."""
+    if out is None:
+        return None
+    if not isinstance(out, np.ndarray):
+        raise TypeError(f"out must be a numpy.ndarray, not {type(out).__name__}")
+    if out.shape != shape or out.dtype != dtype:
+        raise ValueError(f"out is {out.dtype} of shape {out.shape}; it must be {np.dtype(dtype)} of shape {shape}")
+    if not out.flags.writeable:
+        raise ValueError("out is read-only; pass an array that can be written to")
+    direct = out.flags.c_contiguous and out.flags.aligned and not np.may_share_memory(out, source)
+    return out if direct else None
+
+
+def deliver(result: NDArray[Any], out: NDArray[Any] | None) -> NDArray[Any]:
+    """Put a result where the caller wants it, unless it was computed there."""
+    if out is None:
+        return result
+    if not np.may_share_memory(result, out):
+        out[...] = result
+    return out
+
+
+def encode(
+    x: ArrayLike, dtype: object, saturate: bool | None = None, *, out: NDArray[Any] | None = None
+) -> NDArray[Any]:
     """Encode values as the codes (bit patterns) of a small floating-point format.
 
     Rounds once, to nearest, ties to even, from the input's own precision (float64 too). NaN stays NaN; the sign of
@@ -98,6 +123,8 @@ def encode(x: ArrayLike, dtype: object, saturate: bool | None = None) -> NDArray
         True: everything beyond the largest finite value, infinities too, becomes that value (448, 57344, 240, 57344,
         65504, 3.39e38). False: it becomes Inf, or NaN in the formats that have no Inf. Default: True for float8,
         False for float16 and bfloat16, as each is customarily used.
+    out : numpy.ndarray, optional
+        Where to write the codes; of the result's shape and dtype.
 
     Returns
     -------
@@ -111,13 +138,15 @@ def encode(x: ArrayLike, dtype: object, saturate: bool | None = None) -> NDArray
     name = _name_of(dtype)
     values = as_float_array(x)
     eight = name in _FLOAT8
-    codes = np.empty(values.shape, np.uint8 if eight else np.uint16)
+    kind = np.uint8 if eight else np.uint16
+    into = out_target(out, values.shape, kind, values)
+    codes = np.empty(values.shape, kind) if into is None else into
     loop = _core.encode8 if eight else _core.encode
     loop(values.reshape(-1), name, eight if saturate is None else bool(saturate), codes.reshape(-1))
-    return codes
+    return deliver(codes, out)
 
 
-def decode(codes: ArrayLike, dtype: object) -> NDArray[np.float32]:
+def decode(codes: ArrayLike, dtype: object, *, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
     """Decode the codes of a small floating-point format to float32; every value is exact.
 
     Parameters
@@ -126,6 +155,8 @@ def decode(codes: ArrayLike, dtype: object) -> NDArray[np.float32]:
         As `encode` returns them, or an ml_dtypes / float16 array of that format.
     dtype : str
         As for `encode`.
+    out : numpy.ndarray, optional
+        Where to write the values; float32, of the codes' shape.
 
     Returns
     -------
@@ -145,11 +176,7 @@ def decode(codes: ArrayLike, dtype: object) -> NDArray[np.float32]:
             raise ValueError(f"codes of {name} lie in 0..{largest}, not {array.min()}..{array.max()}")
         array = array.astype(wanted)
     shape, array = array.shape, np.require(array, wanted, ["C_CONTIGUOUS", "ALIGNED"])
-    if name == "float16":
-        return array.view(np.float16).astype(np.float32).reshape(shape)
-    out = np.empty(shape, np.float32)
-    if name == "bfloat16":
-        _core.decode_bfloat16(array.reshape(-1), out.reshape(-1))
-    else:
-        _core.decode8(array.reshape(-1), name, out.reshape(-1))
-    return out
+    into = out_target(out, shape, np.float32, array)
+    values = np.empty(shape, np.float32) if into is None else into
+    (_core.decode8 if name in _FLOAT8 else _core.decode)(array.reshape(-1), name, values.reshape(-1))
+    return deliver(values, out)

@@ -188,29 +188,8 @@ class Histogram(Statistic):
 
     def add(self, rows: NDArray[Any], finite: NDArray[np.bool_] | None) -> None:
         """Count values."""
-        if finite is not None:
-            rows = np.where(finite, rows, rows.dtype.type(0))
-            self.zeros -= np.count_nonzero(~finite, axis=1)
-        # All of this is exact where it matters: a product that rounds is below 1, and stays below 1.
-        largest = np.finfo(rows.dtype).maxexp - 1
-        power = np.minimum(SIDE_BITS - self.exponent[:, None], 2 * largest)  # beyond: nothing but zeros so far
-        with np.errstate(all="ignore"):
-            scaled = np.abs(rows)
-            if int(power.max()) > largest:  # 2**power overflows: in two steps
-                scaled *= np.ldexp(rows.dtype.type(1), power // 2)
-                power = power - power // 2
-            scaled *= np.ldexp(rows.dtype.type(1), power)
-            index = scaled.astype(np.int32)
-        index += np.left_shift(rows > 0, SIDE_BITS, dtype=np.int32)
-        zeros = rows.shape[1] - np.count_nonzero(rows, axis=1)
-        self.zeros += zeros
-        # Zeros went to bin 0 of the negative side with the rest, and leave it again.
-        if len(rows) == 1:
-            np.add.at(self.counts.reshape(-1), index.reshape(-1), 1)
-        else:
-            first = np.arange(len(rows), dtype=np.intp)[:, None] * (2 * SIDE)
-            np.add.at(self.counts.reshape(-1), (index + first).reshape(-1), 1)
-        self.counts[:, 0, 0] -= zeros
+        # NaN and infinities, all that `finite` can leave out, are passed over.
+        _core.histogram(rows, SIDE_BITS - self.exponent, self.counts, self.zeros)
 
     def agrees(self, low: F64, high: F64, count: I64) -> bool:
         """Whether the widths are those of the ends, and the counts add up."""

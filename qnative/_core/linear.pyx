@@ -390,6 +390,7 @@ cdef class PackedLinear:
         with nogil:
             mode = qn_enter_default_mode()
             c.m, c.x_stride, rows.count, rows.a_stride = 1, k * 4, 1, width
+            rows.sum_row, rows.sum_group = self.w.groups, 1
             rows.sum = <int32_t *>memory  # 4-byte aligned, as the values behind it are
             rows.a = memory + 4 * self.w.groups
             for i in range(m if k else 0):

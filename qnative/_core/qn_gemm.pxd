@@ -72,6 +72,7 @@ cdef extern from "qn_gemm.h" nogil:
         float *scale
         int32_t *zero
         int32_t *sum
+        int64_t sum_row, sum_group
 
     ctypedef struct qn_kernel:
         const char *name
