@@ -35,13 +35,13 @@ enum {
 QN_INLINE void multiply_row_of_weights(const int R, const int V, VF sum[][QN_TILE_PANELS * PANEL_PARTS], const float *a, const float *b) {
     VF w[QN_TILE_PANELS * PANEL_PARTS];
     POINTER_IN_TURN(b);
-#pragma GCC unroll 6
+#pragma GCC unroll 8
     for (int v = 0; v < V; v++) w[v] = vf_load(b + v * QN_W);
 #pragma GCC unroll 9
     for (int r = 0; r < R; r++) {
         POINTER_IN_TURN(a);
         VF x = vf_splat(a[r * QN_KR]);
-#pragma GCC unroll 6
+#pragma GCC unroll 8
         for (int v = 0; v < V; v++) ADD_PRODUCT(sum[r][v], x, w[v]);
     }
 }
@@ -51,7 +51,7 @@ QN_INLINE void tile_float_fixed(const int R, const int V, int64_t k, const float
     VF sum[QN_FLOAT_ROWS][QN_TILE_PANELS * PANEL_PARTS];
 #pragma GCC unroll 9
     for (int r = 0; r < R; r++)
-#pragma GCC unroll 6
+#pragma GCC unroll 8
         for (int v = 0; v < V; v++) sum[r][v] = vf_load(acc + r * QN_TILE_COLS + v * QN_W);
     int64_t i = 0;
     for (; i + QN_KR <= k; i += QN_KR, a += R * QN_KR, b += QN_KR * V * QN_W) {
@@ -61,7 +61,7 @@ QN_INLINE void tile_float_fixed(const int R, const int V, int64_t k, const float
     for (; i < k; i++, a++, b += V * QN_W) multiply_row_of_weights(R, V, sum, a, b);
 #pragma GCC unroll 9
     for (int r = 0; r < R; r++)
-#pragma GCC unroll 6
+#pragma GCC unroll 8
         for (int v = 0; v < V; v++) vf_store(acc + r * QN_TILE_COLS + v * QN_W, sum[r][v]);
 }
 
@@ -104,7 +104,7 @@ QN_INLINE void decode_codes(const code_kind kind, const qn_weights *w, const uin
         }
 #pragma GCC unroll 2
         for (int half = 0; half < step / QN_KR; half++, out += QN_KR * stride) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
             for (int v = 0; v < PANEL_PARTS; v++) {
                 VU bytes = bytes_of_half(kind, half, code[v], terms + v);
 #pragma GCC unroll 4
@@ -130,7 +130,7 @@ QN_INLINE void add_products_of_k(const int R, const int V, VF sum[][QN_DIRECT_PA
 #pragma GCC unroll 6
     for (int r = 0; r < R; r++) {
         VF from_row = vf_splat(x[r][k]);
-#pragma GCC unroll 6
+#pragma GCC unroll 8
         for (int v = 0; v < V; v++) ADD_PRODUCT(sum[r][v], from_row, value[v]);
     }
 }
@@ -140,7 +140,7 @@ QN_INLINE void multiply_careful(const code_kind kind, const int R, const int V, 
                                 const float *const x[], int64_t k, int count, const VU code[], const decode_terms terms[]) {
     for (int j = 0; j < count; j++) {
         VF value[QN_DIRECT_PANELS * PANEL_PARTS];
-#pragma GCC unroll 6
+#pragma GCC unroll 8
         for (int v = 0; v < V; v++) value[v] = decode_one(kind, code[v], j, terms + v);
         add_products_of_k(R, V, sum, x, k + j, value);
     }
@@ -158,7 +158,7 @@ QN_INLINE void direct_fixed(const code_kind kind, const int R, const int P, cons
 #pragma GCC unroll 6
     for (int r = 0; r < R; r++) { /* a tile that is larger than the rows there are has the last one several times */
         x[r] = (const float *)(const void *)(rows->a + (row + (r < count ? r : count - 1)) * rows->a_stride);
-#pragma GCC unroll 6
+#pragma GCC unroll 8
         for (int v = 0; v < V; v++) sum[r][v] = vf_splat(0.0f);
     }
     for (int64_t g = 0; g < w->groups; g++) {
@@ -166,12 +166,12 @@ QN_INLINE void direct_fixed(const code_kind kind, const int R, const int P, cons
         const int64_t first = g * w->group, end = qn_min64(first + w->group, w->k);
         decode_terms terms[QN_DIRECT_PANELS * PANEL_PARTS];
         VU code[QN_DIRECT_PANELS * PANEL_PARTS];
-#pragma GCC unroll 6
+#pragma GCC unroll 8
         for (int v = 0; v < V; v++)
             terms[v] = terms_of_group(kind, w, base + v / PANEL_PARTS * w->panel_bytes, g, v % PANEL_PARTS * QN_W, scaled);
         int64_t k = first;
         for (; k < end; k += step, codes += 64) {
-#pragma GCC unroll 6
+#pragma GCC unroll 8
             for (int v = 0; v < V; v++)
                 code[v] = vu_load((const uint32_t *)(codes + v / PANEL_PARTS * w->panel_bytes) + v % PANEL_PARTS * QN_W);
             int left = end - k < step ? (int)(end - k) : step;
@@ -182,12 +182,12 @@ QN_INLINE void direct_fixed(const code_kind kind, const int R, const int P, cons
 #pragma GCC unroll 2
             for (int half = 0; half < step / QN_KR; half++) {
                 VU bytes[QN_DIRECT_PANELS * PANEL_PARTS];
-#pragma GCC unroll 6
+#pragma GCC unroll 8
                 for (int v = 0; v < V; v++) bytes[v] = bytes_of_half(kind, half, code[v], terms + v);
 #pragma GCC unroll 4
                 for (int j = 0; j < QN_KR; j++) {
                     VF value[QN_DIRECT_PANELS * PANEL_PARTS];
-#pragma GCC unroll 6
+#pragma GCC unroll 8
                     for (int v = 0; v < V; v++) {
                         IN_TURN(bytes[v]);
                         value[v] = decode_byte(kind, bytes[v], j, terms + v);
@@ -197,7 +197,7 @@ QN_INLINE void direct_fixed(const code_kind kind, const int R, const int P, cons
             }
         }
         if (scaled) continue; /* one chain over all groups; else a chain, a scale and a sum each */
-#pragma GCC unroll 6
+#pragma GCC unroll 8
         for (int v = 0; v < V; v++) {
             VF scale = vf_load((const float *)(base + v / PANEL_PARTS * w->panel_bytes + w->scale_at) + g * QN_NR + v % PANEL_PARTS * QN_W);
 #pragma GCC unroll 6
@@ -213,7 +213,7 @@ QN_INLINE void direct_fixed(const code_kind kind, const int R, const int P, cons
     if (!scaled) return;
 #pragma GCC unroll 6
     for (int r = 0; r < R; r++)
-#pragma GCC unroll 6
+#pragma GCC unroll 8
         for (int v = 0; v < V; v++) vf_store(out + r * QN_TILE_COLS + v * QN_W, sum[r][v]);
 }
 

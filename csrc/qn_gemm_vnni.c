@@ -62,7 +62,7 @@ QN_INLINE void multiply_step(const int R, const int P, VU sum[][COLUMN_VECTORS],
  * registers. If it asks, the lines from `ahead` on are asked for meanwhile, as many bytes as a panel's codes. */
 QN_INLINE void multiply(const int R, const int P, const int int4, int64_t k, const uint8_t *a, int64_t a_stride,
                         const uint8_t *b, int64_t panel_bytes, const int asks, const uint8_t *ahead, VU sum[][COLUMN_VECTORS]) {
-    __m512i w[COLUMN_VECTORS], odd[COLUMN_VECTORS];
+    __m512i w[COLUMN_VECTORS];
     const __m512i low_nibble = _mm512_set1_epi8(15);
     row_pointers rows = pointers_of_rows(a, a_stride);
 #pragma GCC unroll 8
@@ -78,17 +78,16 @@ QN_INLINE void multiply(const int R, const int P, const int int4, int64_t k, con
 #pragma GCC unroll 8
         for (int p = 0; p < P; p++) {
             w[p] = _mm512_loadu_si512(b + p * panel_bytes);
-            if (int4) {
-                odd[p] = _mm512_and_si512(_mm512_srli_epi16(w[p], 4), low_nibble);
-                w[p] = _mm512_and_si512(w[p], low_nibble);
-            }
+            if (int4) w[p] = _mm512_and_si512(w[p], low_nibble);
         }
         multiply_step(R, P, sum, &rows, 0, w);
-        if (!int4) {
+        if (int4) __asm__ volatile("" ::: "memory"); /* load anew: there are no registers to keep both halves in */
 #pragma GCC unroll 8
-            for (int p = 0; p < P; p++) odd[p] = _mm512_loadu_si512(b + 64 + p * panel_bytes);
+        for (int p = 0; p < P; p++) {
+            w[p] = _mm512_loadu_si512(b + (int4 ? 0 : 64) + p * panel_bytes);
+            if (int4) w[p] = _mm512_and_si512(_mm512_srli_epi16(w[p], 4), low_nibble);
         }
-        multiply_step(R, P, sum, &rows, 4, odd);
+        multiply_step(R, P, sum, &rows, 4, w);
         rows.a[0] += 8;
         rows.a[1] += 8;
     }

@@ -168,7 +168,7 @@ def decode(codes: ArrayLike, dtype: object, *, out: NDArray[np.float32] | None =
     name = _name_of(dtype)
     wanted: np.dtype[Any] = np.dtype(np.uint8 if name in _FLOAT8 else np.uint16)
     largest = 0xFF if name in _FLOAT8 else 0xFFFF
-    array = np.asarray(codes)
+    array = plain_array(codes)
     if array.dtype.name == name:
         array = np.ascontiguousarray(array).reshape(array.shape).view(wanted)
     if array.dtype.kind not in "iu":

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from qnative.config import ObserverMethod, QParams, QuantConfig, QuantGranularity, qparams_from_range
-from qnative.floats import as_float_array
+from qnative.floats import as_float_array, plain_array
 from qnative.granularity import Granules, block_min_max
 from qnative.ranges import kl_range, mean_std_range, mse_range, mse_range_of_rows, percentile_range
 from qnative.streams import F64, Averages, Ends, Histogram, Moments, Statistic, find_ends, rows_of
@@ -122,7 +122,7 @@ class Observer(ABC):
             If an earlier call was broken off, by Ctrl-C say: only part of its batch was counted. `reset()` helps.
         """
         self._check_torn()
-        x = np.asarray(x)
+        x = plain_array(x)
         channels = 1
         if self.axis is not None:
             if not -x.ndim <= self.axis < x.ndim:
@@ -754,7 +754,7 @@ def observe_once(
     QParams
         Of the scales' shape that `config` gives x.
     """
-    x = np.asarray(x)
+    x = plain_array(x)
     method = ObserverMethod(method)
     if x.size == 0:
         return qparams_from_range(*block_min_max(x, config), config)
