@@ -248,15 +248,15 @@ def test_output_aware_is_as_good_as_a_search_on_a_grid(config: QuantConfig) -> N
     """The error of the output itself, for ends shrunk by all pairs of 30 factors, from no other code than NumPy's."""
     rng = np.random.default_rng(8)
     x = rng.standard_normal((400, 12)).astype(np.float32)
-    x[::40, 3] *= 9.0
+    x[::40, 3] = 12.0  # on one side only: the ends must be moved singly
     weight = rng.standard_normal((30, 12)).astype(np.float32)  # more outputs than inputs
-    weight[:, 3] *= 0.05
-    spec = calibrate_layer([x[:150], x[150:]], config, "kl", weight)
+    weight[:, 3] *= 0.01
+    spec = calibrate_layer([x[:150], x[150:]], config, "min_max", weight)
     shrinks = np.exp2(-np.arange(0, 3.75, 0.125))
     pairs = [(s, s) for s in shrinks] if config.is_symmetric else [(s, t) for s in shrinks for t in shrinks]
     least = min(output_error(x, qparams_from_range(x.min() * s, x.max() * t, config), weight) for s, t in pairs)
     assert spec.output_aware
-    assert output_error(x, spec.qparams, weight) < 1.05 * least
+    assert output_error(x, spec.qparams, weight) < 1.02 * least
     assert output_error(x, spec.qparams, weight) < 0.9 * output_error(
         x, calibrate_layer([x], config, "min_max").qparams, weight
     )
