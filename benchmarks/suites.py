@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import qnative as qn
+from benchmarks import elementwise as elements
 from benchmarks import fake_quant as simulation
 from benchmarks import install as installation
 from benchmarks import limits as machine
@@ -188,6 +189,21 @@ def weight_only(short: bool) -> Iterator[Table]:
             yield Table(title, outcomes, [*targets.against_float32(outcomes, name)])
 
 
+def elementwise(short: bool) -> Iterator[Table]:
+    """S6: elementwise work against loops that move the same bytes, and everyone; from memory, and in the L2 cache."""
+    seconds = 0.1 if short else 1.0
+    rows = [row for row in elements.rows() if not short or row.name in elements.SHORT]
+    large = 1 << (20 if short else 24)
+    outcomes = timed((elements.case(row, large) for row in rows), seconds)
+    times = {row.name: row.times for row in rows}
+    yield Table(f"2^{large.bit_length() - 1}", outcomes, [*targets.of_elements(outcomes, times)], "G elements/s")
+    outcomes = timed((elements.case(row, large) for row in elements.histograms()), seconds)
+    yield Table("counting", outcomes, [*targets.of_counting(outcomes)], "G values/s")
+    if not short:
+        outcomes = timed((elements.case(row, 1 << 16) for row in elements.rows()), seconds / 4)
+        yield Table("2^16, in the L2 cache", outcomes, unit="G elements/s")
+
+
 def fake_quant(short: bool) -> Iterator[Table]:
     """Time fake quantization, forward and with the backward pass of LSQ, against loops that move the same bytes."""
     names = simulation.SHORT if short else tuple(simulation.CONFIGS)
@@ -206,5 +222,19 @@ def _format(config: qn.QuantConfig, short: bool) -> Table:
 
 SUITES: dict[str, Suite] = {
     suite.__name__: suite
-    for suite in (limits, int8, rows, avx2, threads, flat, packing, install, int4, fp8, weight_only, fake_quant)
+    for suite in (
+        limits,
+        int8,
+        rows,
+        avx2,
+        threads,
+        flat,
+        packing,
+        install,
+        int4,
+        fp8,
+        weight_only,
+        elementwise,
+        fake_quant,
+    )
 }

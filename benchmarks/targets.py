@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -183,6 +183,23 @@ def of_import(outcome: Outcome) -> Iterator[Verdict]:
 def of_package(size: int) -> Iterator[Verdict]:
     """S9: the size of the built package."""
     yield Verdict("S9", "megabytes of the built package", 2.0, size / 1e6, True)
+
+
+def of_elements(outcomes: Sequence[Outcome], times: Mapping[str, float]) -> Iterator[Verdict]:
+    """S6: 90% of a plain loop that moves the same bytes; ahead of every peer, of some operations by as much as given."""
+    for outcome in outcomes:
+        loop, best = outcome.best("read"), outcome.best("dynamic")
+        if loop is not None:
+            yield Verdict("S6", f"{outcome.case.name}: share of {loop}", 0.9, outcome.ratio(OURS, loop))
+        if best is not None:
+            wanted = times[outcome.case.name]
+            yield Verdict("S6", f"{outcome.case.name}: times the speed of {best}", wanted, outcome.ratio(OURS, best))
+
+
+def of_counting(outcomes: Sequence[Outcome]) -> Iterator[Verdict]:
+    """S6: a billion values a second."""
+    for outcome in outcomes:
+        yield Verdict("S6", f"{outcome.case.name}: 1e9 values a second", 1.0, outcome.rate(OURS) / 1e9)
 
 
 def of_packing(outcome: Outcome) -> Iterator[Verdict]:
