@@ -192,8 +192,10 @@ def reference_rows(layer: qn.QuantizedLinear, problem: Problem) -> tuple[NDArray
     q = layer.weight_quantized()
     config = q.config
     weights = reference.Weights.build(q.codes, q.scale, q.zero_point, config.dtype, config.group_size)
-    few = 2 if config.info.is_float else 8
-    rows = np.unique(np.linspace(0, len(problem.x) - 1, few).astype(np.intp))
+    in_float32 = config.info.is_float or layer.activations == "float"
+    rows = np.unique(np.linspace(0, len(problem.x) - 1, 2 if in_float32 else 8).astype(np.intp))
+    if layer.activations == "float":
+        return rows, reference.float_linear(problem.x[rows], weights, layer.bias)
     codes, scale, zero = reference.dynamic_rows(problem.x[rows], "dynamic", config.dtype)
     accumulated: NDArray[Any]
     if config.info.is_float:

@@ -14,11 +14,11 @@
 
 /* Compilers start as many loads and products of an unrolled loop as they can before the first sum, and spill, or move sums from
  * register to register; the CPU is better at that. So one thing is done after the other, and a sum stays where it is. */
-#ifdef QN_VECTOR_REGISTER
-#define IN_TURN(v) __asm__ volatile("" : "+" QN_VECTOR_REGISTER(v))
+#ifdef QN_X86_REGISTER
+#define IN_TURN(v) __asm__ volatile("" : "+" QN_X86_REGISTER(v))
 #define POINTER_IN_TURN(p) __asm__ volatile("" : "+r"(p))
 #define ADD_PRODUCT(sum, x, w) \
-    __asm__ volatile("vfmadd231ps %2, %1, %0" : "+" QN_VECTOR_REGISTER(sum) : QN_VECTOR_REGISTER(x), QN_VECTOR_REGISTER(w))
+    __asm__ volatile("vfmadd231ps %2, %1, %0" : "+" QN_X86_REGISTER(sum) : QN_X86_REGISTER(x), QN_X86_REGISTER(w))
 #else
 #define IN_TURN(v) (void)(v)
 #define POINTER_IN_TURN(p) (void)(p)

@@ -13,9 +13,9 @@
 enum {
     BLOCK_BYTES = 768 << 10, /* quantized rows that stay in the L2 cache while the panels pass by */
     BLOCK_ROWS = 256,
-    FLOAT_BLOCK_ROWS = 256,  /* rows that share the work of decoding the weights */
-    FLOAT_PANELS = 30,       /* whose sums wait in the L2 cache for the next piece of k, a multiple of QN_TILE_PANELS */
-    FLOAT_K = 256,           /* a piece of k: rows and sums of a block share the L2 cache with a tile's decoded weights */
+    FLOAT_BLOCK_ROWS = 192,  /* rows that share the work of decoding the weights */
+    FLOAT_PANELS = 24,       /* whose sums wait for the next piece of k, a multiple of QN_TILE_PANELS */
+    FLOAT_K = 256,           /* a piece of k: with its rows, sums and a tile's decoded weights, half of an L2 cache of 1 MiB */
     PIECES_A_THREAD = 8,     /* of a block, so that whoever is late leaves little to wait for */
     FLOAT_PIECES_A_THREAD = 4, /* fewer, as each arranges the rows for itself */
     PIECE_PANELS = 8         /* of a piece at least, where a tile takes any number */
@@ -41,8 +41,8 @@ static int64_t block_rows(const qn_kernel *kernel, const qn_call *c) {
     return qn_min64(rows < tile ? tile : rows, c->m);
 }
 
-/* Few rows are multiplied with weights as they are decoded; for more, decoded weights are kept for a moment. */
-static int is_direct(const qn_kernel *kernel, const qn_call *c) { return is_float(c) && c->m <= kernel->direct_rows; }
+/* Few rows are multiplied with weights as they are decoded; for more than two tiles, decoded weights are kept for a moment. */
+static int is_direct(const qn_kernel *kernel, const qn_call *c) { return is_float(c) && c->m <= 2 * kernel->direct_rows; }
 
 /* Sums of a float product wait as tiles of [rows][QN_TILE_COLS]. */
 static int64_t float_tiles(int64_t panels) { return (qn_min64(panels, FLOAT_PANELS) + QN_TILE_PANELS - 1) / QN_TILE_PANELS; }
@@ -239,15 +239,22 @@ static void float_block(const qn_kernel *kernel, const qn_call *c, const qn_rows
                         const float_scratch *scratch) {
     if (is_direct(kernel, c)) {
         float sums[QN_TILE_ROWS * QN_TILE_COLS];
+        partition tiles = cut_evenly(rows->count, (rows->count + kernel->direct_rows - 1) / kernel->direct_rows);
         for (int64_t panel = first; panel < last; panel += QN_TILE_PANELS) {
             int panels = (int)qn_min64(QN_TILE_PANELS, last - panel);
-            kernel->float_direct(c, rows, 0, (int)rows->count, panel, panels, sums);
-            kernel->epilogue(c, rows, 0, (int)rows->count, panel, panels, c->w->groups - 1, 0, 0, sums);
+            for (int64_t t = 0, row = 0; t < tiles.parts; row += part_size(&tiles, t++)) {
+                int count = (int)part_size(&tiles, t);
+                kernel->float_direct(c, rows, row, count, panel, panels, sums);
+                kernel->epilogue(c, rows, row, count, panel, panels, c->w->groups - 1, 0, 0, sums);
+            }
         }
         return;
     }
-    for (; first < last; first += FLOAT_PANELS)
-        float_panels(kernel, c, rows, first, qn_min64(first + FLOAT_PANELS, last), scratch);
+    int64_t units = (last - first + QN_TILE_PANELS - 1) / QN_TILE_PANELS, most = FLOAT_PANELS / QN_TILE_PANELS;
+    partition cut = cut_evenly(units, (units + most - 1) / most);
+    for (int64_t i = 0; i < cut.parts; i++)
+        float_panels(kernel, c, rows, first + part_start(&cut, i) * QN_TILE_PANELS,
+                     qn_min64(first + part_start(&cut, i + 1) * QN_TILE_PANELS, last), scratch);
 }
 
 /* ---- the call, shared among threads ---- */

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: BSD-3-Clause
  *
  * Everything around the products that is the same on every instruction set: quantizing rows, the epilogue with its
- * activation functions, decoding weights. An instruction set's file defines a vector of QN_W floats and the verbs
+ * activation functions. An instruction set's file defines a vector of QN_W floats and the verbs
  * below, then includes this file once. The text is one, so the order of every operation is one, and so are the bits.
  *
  *   VF, VI, VU               vectors of QN_W floats, int32, uint32 (plain numbers where QN_W is 1); + - * / & | ^ << >> work
@@ -20,6 +20,10 @@
  *                            their sums, QN_W of them, each of any four codes. The values fit 16 bits
  *   vu_store_bytes(p, q, z, b)   four vectors, each plus z (which gives 0..255), as bytes to which b is added
  *   vu_multiply              the low 32 bits of products
+ *   vu_bytes_above(n, v, f, s)   is there a byte b in n vectors for which (2 b - f) modulo 256 is above s?
+ *   VB                       vectors of bytes, as long as VF
+ *   QN_LOOKUP; vf_of_nibble  defined where there are: the low four bits of each lane, as a float
+ *   QN_X86_REGISTER          what inline assembly calls a vector register, on x86
  *   vu_load_u8               bytes, zero-extended
  *   QN_A_BYTES               bytes an activation code takes
  */

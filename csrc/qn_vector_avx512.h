@@ -1,10 +1,10 @@
 /* SPDX-License-Identifier: BSD-3-Clause
  *
- * The verbs of qn_tile.h and qn_float.h for vectors of 512 bits. Define QN_A_BYTES as 1 and choose the target before including
+ * The verbs of qn_tile.h for vectors of 512 bits. Define QN_A_BYTES as 1 and choose the target before including
  * this.
  */
 #define QN_W 16
-#define QN_VECTOR_REGISTER "v"
+#define QN_X86_REGISTER "v"
 typedef __m512 VF;
 typedef uint32_t VU __attribute__((vector_size(64)));
 typedef int32_t VI __attribute__((vector_size(64)));

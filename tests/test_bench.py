@@ -402,6 +402,22 @@ def test_s1() -> None:
     assert verdicts(targets.against_peers([outcome({OURS: 1.0}, KINDS)])) == []
 
 
+@pytest.mark.parametrize(("rows", "times"), [(1, 2.0), (8, None), (127, None), (128, 0.95), (512, 0.95)])
+def test_s4_float_activations(rows: int, times: float | None) -> None:
+    def found(**seconds: float) -> list[Any]:
+        case = outcome({OURS: 1.0, **seconds}, {"F": "float32"}, shape=(rows, 4096, 4096))
+        return verdicts(targets.against_float32([case], "int8"))
+
+    assert found(F=2.5) == ([] if times is None else [("S4", times, 2.5, True)])
+    assert found(F=0.5) == ([] if times is None else [("S4", times, 0.5, False)])
+    assert found() == []
+
+
+def test_s4_is_not_asked_where_a_cache_holds_the_floats() -> None:
+    case = outcome({OURS: 1.0, "F": 0.5}, {"F": "float32"}, shape=targets.SMALL)
+    assert verdicts(targets.against_float32([case], "int8")) == []
+
+
 @pytest.mark.parametrize(("rows", "share"), [(1, None), (8, 0.8), (31, 0.8), (32, 0.88), (128, 0.92), (512, 0.92)])
 def test_s2(rows: int, share: float | None) -> None:
     def found(limit: str) -> list[Any]:

@@ -66,7 +66,7 @@ SCALES = (2.0**-149, 2.0**-126, 2.0**-20, 0.7, 127.9, 128.0, 200.0, 2.0**15, 400
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("dtype", FLOAT8)
 def test_every_float8_code_with_any_scale(dtype: str, scale: float, isa: str) -> None:
-    """Subnormal codes, infinities and NaN among the weights, and scales too large to have a power of two multiplied in."""
+    """Subnormal codes, infinities and NaN among the weights; scales that no power of two can be multiplied into."""
     k = 260
     for finite in (True, False):
         codes = all_codes(dtype, finite, k)
