@@ -159,13 +159,23 @@ def onnxruntime_dynamic(quantized: Quantized, threads: int) -> Call:
         "b": problem.bias,
     }
     inputs = ("x", "w", "s", "z", "b")
-    return bound_session(("DynamicQuantizeMatMul", "com.microsoft"), inputs, constants, problem.x, np.float32, problem.output().shape, threads)
+    return bound_session(
+        ("DynamicQuantizeMatMul", "com.microsoft"),
+        inputs,
+        constants,
+        problem.x,
+        np.float32,
+        problem.output().shape,
+        threads,
+    )
 
 
 def onnxruntime_integer(quantized: Quantized, threads: int) -> Call:
     """ONNX Runtime's MatMulInteger, uint8 times int8."""
     constants = {"w": np.ascontiguousarray(quantized.weight.T)}
-    return bound_session(("MatMulInteger", ""), ("x", "w"), constants, quantized.x, np.int32, quantized.problem.output().shape, threads)
+    return bound_session(
+        ("MatMulInteger", ""), ("x", "w"), constants, quantized.x, np.int32, quantized.problem.output().shape, threads
+    )
 
 
 def bound_session(

@@ -65,7 +65,9 @@ def float_dtype(name: object) -> np.dtype[Any]:
     return dtype
 
 
-def out_target(out: NDArray[Any] | None, shape: tuple[int, ...], dtype: Any, source: NDArray[Any]) -> NDArray[Any] | None:
+def out_target(
+    out: NDArray[Any] | None, shape: tuple[int, ...], dtype: Any, source: NDArray[Any]
+) -> NDArray[Any] | None:
     """Check a caller's `out`; return it if the native loops can write to it while they read `source`, else None."""
     if out is None:
         return None

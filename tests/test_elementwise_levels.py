@@ -1,4 +1,4 @@
-"""The native loops of elementwise work: the same bits at every instruction level, in every cut into pieces, on threads."""
+"""Native loops over elements: the same bits at every instruction level, in every cut into pieces, on threads."""
 
 from __future__ import annotations
 
@@ -335,7 +335,7 @@ def test_ctrl_c_is_answered_within_a_long_call() -> None:
     finished = 0
     timer = threading.Timer(quarter / 2, _thread.interrupt_main)
     timer.start()
-    with pytest.raises(KeyboardInterrupt):  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt):
         for _ in range(200):
             _core.quantize(x, scale, zero, walk, -128, 127, codes)
             finished += 1
@@ -351,7 +351,10 @@ def test_nothing_outside_the_arrays_is_touched(at: str, guarded: Guarded, level:
         x[:] = np.linspace(-3, 3, n)
         for axis in (None, 0):
             g = Granules.of((n,), axis)
-            scale, zero = guarded((max(*g.shape, 1) if g.shape else 1,), np.float32, at), np.zeros(n if axis == 0 else 1, np.int32)
+            scale, zero = (
+                guarded((max(*g.shape, 1) if g.shape else 1,), np.float32, at),
+                np.zeros(n if axis == 0 else 1, np.int32),
+            )
             scale[:] = 0.03
             low, high = guarded(scale.shape, np.float32, at), guarded(scale.shape, np.float32, at)
             _core.quantize(x, scale, zero, g.walk, -128, 127, codes)
@@ -396,8 +399,12 @@ def test_wrong_sizes_are_refused() -> None:
         lambda: _core.decode(np.zeros(8, np.uint16), "float8_e5m2", x),
         lambda: _core.decode8(bytes8[1:], "float8_e5m2", x),
         lambda: _core.min_max(x, walk, np.ones(2, np.float32), one),
-        lambda: _core.histogram(x[None], np.zeros(2, np.int64), np.zeros((1, 2, 8192), np.int64), np.zeros(1, np.int64)),
-        lambda: _core.histogram(x[None], np.zeros(1, np.int64), np.zeros((1, 2, 4096), np.int64), np.zeros(1, np.int64)),
+        lambda: _core.histogram(
+            x[None], np.zeros(2, np.int64), np.zeros((1, 2, 8192), np.int64), np.zeros(1, np.int64)
+        ),
+        lambda: _core.histogram(
+            x[None], np.zeros(1, np.int64), np.zeros((1, 2, 4096), np.int64), np.zeros(1, np.int64)
+        ),
     ):
         with pytest.raises(ValueError):
             call()

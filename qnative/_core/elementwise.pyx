@@ -183,27 +183,30 @@ cdef inlined encode_run(
     cdef float reciprocals[NARROW]
     cdef int32_t zeros[NARROW]
     cdef uint8_t codes[NARROW]
+    cdef const float *x_at
+    cdef uint8_t *out_at
     if i:
         encode_some(x, out, i, s, r, z, t, is8, by_multiplying, each, False, top)
-    if i + NARROW <= n:
-        encode_some(x + i, out + i, NARROW, s + j, r + j, z + j, t, is8, by_multiplying, each, True, top)
+    while i < n:
+        rest = n - i
+        x_at, out_at = x + i, out + i
+        if rest < NARROW:
+            memset(values, 0, sizeof(values))
+            memcpy(values, x_at, rest * 4)
+            x_at, out_at = values, codes
+            if each:
+                memset(scales, 0, sizeof(scales))
+                memset(reciprocals, 0, sizeof(reciprocals))
+                memset(zeros, 0, sizeof(zeros))
+                memcpy(scales, s + i, rest * 4)
+                memcpy(reciprocals, r + i, rest * 4)
+                memcpy(zeros, z + i, rest * 4)
+                s, r, z, j = scales, reciprocals, zeros, 0
+        encode_some(x_at, out_at, NARROW, s + j, r + j, z + j, t, is8, by_multiplying, each, True, top)
+        if rest < NARROW:
+            memcpy(out + i, codes, rest)
         i += NARROW
         j = i if each else 0
-    rest = n - i
-    if rest:
-        memset(values, 0, sizeof(values))
-        memcpy(values, x + i, rest * 4)
-        if each:
-            memset(scales, 0, sizeof(scales))
-            memset(reciprocals, 0, sizeof(reciprocals))
-            memset(zeros, 0, sizeof(zeros))
-            memcpy(scales, s + j, rest * 4)
-            memcpy(reciprocals, r + j, rest * 4)
-            memcpy(zeros, z + j, rest * 4)
-            encode_some(values, codes, NARROW, scales, reciprocals, zeros, t, is8, by_multiplying, True, True, top)
-        else:
-            encode_some(values, codes, NARROW, s, r, z, t, is8, by_multiplying, False, True, top)
-        memcpy(out + i, codes, rest)
 
 
 cdef inlined decode_some(
@@ -223,25 +226,28 @@ cdef inlined decode_run(
     cdef float scales[NARROW]
     cdef int32_t zeros[NARROW]
     cdef uint8_t some[NARROW]
+    cdef const uint8_t *codes_at
+    cdef float *out_at
     if i:
         decode_some(codes, out, i, s, z, t, is8, each)
-    if i + NARROW <= n:
-        decode_some(codes + i, out + i, NARROW, s + j, z + j, t, is8, each)
+    while i < n:
+        rest = n - i
+        codes_at, out_at = codes + i, out + i
+        if rest < NARROW:
+            memset(some, 0, sizeof(some))
+            memcpy(some, codes_at, rest)
+            codes_at, out_at = some, values
+            if each:
+                memset(scales, 0, sizeof(scales))
+                memset(zeros, 0, sizeof(zeros))
+                memcpy(scales, s + i, rest * 4)
+                memcpy(zeros, z + i, rest * 4)
+                s, z, j = scales, zeros, 0
+        decode_some(codes_at, out_at, NARROW, s + j, z + j, t, is8, each)
+        if rest < NARROW:
+            memcpy(out + i, values, rest * 4)
         i += NARROW
         j = i if each else 0
-    rest = n - i
-    if rest:
-        memset(some, 0, sizeof(some))
-        memcpy(some, codes + i, rest)
-        if each:
-            memset(scales, 0, sizeof(scales))
-            memset(zeros, 0, sizeof(zeros))
-            memcpy(scales, s + j, rest * 4)
-            memcpy(zeros, z + j, rest * 4)
-            decode_some(some, values, NARROW, scales, zeros, t, is8, True)
-        else:
-            decode_some(some, values, NARROW, s, z, t, is8, False)
-        memcpy(out + i, values, rest * 4)
 
 
 # Passes: the walk over the runs
