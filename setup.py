@@ -94,7 +94,7 @@ setup(
             extension("linear", *C_SOURCES),
             extension("limits", "csrc/qn_limits.c"),
             extension("qnative_threads", "csrc/qn_pool.c", small=True),
-            extension("statistics", optimise=VECTORS),
+            extension("statistics"),
         ],
         build_dir="build/cython",
         shared_utility_qualified_name="qnative._core._cyutility",

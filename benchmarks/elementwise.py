@@ -333,7 +333,7 @@ def onnxruntime_of(operator: str, back: bool = False) -> Callable[[Array], dict[
 
     def peers(x: Array) -> dict[str, Run]:
         given = qn.quantize(x, SCALE, ZERO) if back else x
-        constants = {"s": np.asarray(SCALE), "z": np.asarray(ZERO, np.int8)}
+        constants: dict[str, Array] = {"s": np.asarray(SCALE), "z": np.asarray(ZERO, np.int8)}
         kind: type = np.float32 if back else np.int8
         call = bound_session((operator, ""), ("x", "s", "z"), constants, given, kind, x.shape, 1)
         return {"ONNX Runtime": call.run}

@@ -22,7 +22,7 @@ from qnative._core.levels cimport (
     AVX2, AVX512, BASELINE, at_avx2, at_avx512, at_baseline, chosen_level, inlined, own_bytes, own_floats, own_lanes,
 )
 from qnative._core.pieces cimport PIECE, in_pieces, qn_atomic, qn_atomic_add, qn_atomic_get
-from qnative._core.walk cimport Walk, check_sizes, new_walk, next_run, part
+from qnative._core.walk cimport Walk, by_columns, check_sizes, new_walk, next_run, part, rows_share
 
 ctypedef fused real:
     float
@@ -31,6 +31,7 @@ ctypedef fused real:
 cdef enum:
     WIDE = 64    # a vector of codes, at least
     NARROW = 32  # a small group, and half such a vector
+    TILE = 1024  # columns whose scales, reciprocals and zero points stay in the L1 cache
     PICOSECONDS = 300  # an element takes, roughly
 
 
@@ -131,7 +132,7 @@ cdef inlined to_codes8(
             memcpy(&bits, &v, 4)
             bits |= sign & 0x80000000u
             memcpy(&v, &bits, 4)
-        encode_float(v, e, False, False, False, &bits)
+        encode_float(v, e, False, False, False, by_multiplying, &bits)
         out[i] = <uint8_t>bits
     if not narrow:
         top[0] = largest if largest > top[0] else top[0]
@@ -252,9 +253,8 @@ cdef inlined decode_run(
 
 # Passes: the walk over the runs
 
-cdef inlined quantize_pass(Task *t, Py_ssize_t begin, Py_ssize_t end, bint is8, bint fused) noexcept nogil:
+cdef inlined quantize_pass(Task *t, Walk w, bint is8, bint fused) noexcept nogil:
     """`fused`: whether there are fused multiply-adds."""
-    cdef Walk w = part(&t.walk, begin, end)
     cdef const float *s
     cdef const float *r
     cdef const int32_t *z
@@ -280,8 +280,7 @@ cdef inlined quantize_pass(Task *t, Py_ssize_t begin, Py_ssize_t end, bint is8, 
         qn_atomic_add(&t.nonfinite, 1)
 
 
-cdef inlined dequantize_pass(Task *t, Py_ssize_t begin, Py_ssize_t end, bint is8) noexcept nogil:
-    cdef Walk w = part(&t.walk, begin, end)
+cdef inlined dequantize_pass(Task *t, Walk w, bint is8) noexcept nogil:
     while next_run(&w):
         if w.step:
             decode_run(
@@ -293,27 +292,27 @@ cdef inlined dequantize_pass(Task *t, Py_ssize_t begin, Py_ssize_t end, bint is8
             )
 
 
-cdef inlined work(Task *t, Py_ssize_t begin, Py_ssize_t end, bint fused) noexcept nogil:
+cdef inlined work(Task *t, Walk w, bint fused) noexcept nogil:
     if t.which == QUANTIZE:
-        quantize_pass(t, begin, end, False, fused)
+        quantize_pass(t, w, False, fused)
     elif t.which == QUANTIZE8:
-        quantize_pass(t, begin, end, True, fused)
+        quantize_pass(t, w, True, fused)
     elif t.which == DEQUANTIZE:
-        dequantize_pass(t, begin, end, False)
+        dequantize_pass(t, w, False)
     else:
-        dequantize_pass(t, begin, end, True)
+        dequantize_pass(t, w, True)
 
 
-cdef at_baseline work_baseline(Task *t, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
-    work(t, begin, end, False)
+cdef at_baseline work_baseline(Task *t, Walk w) noexcept nogil:
+    work(t, w, False)
 
 
-cdef at_avx2 work_avx2(Task *t, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
-    work(t, begin, end, True)
+cdef at_avx2 work_avx2(Task *t, Walk w) noexcept nogil:
+    work(t, w, True)
 
 
-cdef at_avx512 work_avx512(Task *t, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
-    work(t, begin, end, True)
+cdef at_avx512 work_avx512(Task *t, Walk w) noexcept nogil:
+    work(t, w, True)
 
 
 cdef void work_wide(Task *t, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
@@ -333,7 +332,7 @@ cdef void work_wide(Task *t, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
             x = x if x == x else 0
             if t.which == QUANTIZE8:
                 to_odd(x, &quotient)
-                encode_float(quotient, t.encoder, False, False, False, &code)
+                encode_float(quotient, t.encoder, False, False, False, False, &code)
                 t.codes_out[w.start + i] = <uint8_t>code
             else:
                 lo, hi = <double>(t.low - t.zero[k]), <double>(t.high - t.zero[k])
@@ -351,11 +350,21 @@ cdef void piece(void *task, Py_ssize_t begin, Py_ssize_t end, int thread) noexce
     if t.x_wide is not NULL:
         work_wide(t, begin, end)
     elif level == AVX512:
-        work_avx512(t, begin, end)
+        work_avx512(t, walk_over(&t.walk, begin, end))
     elif level == AVX2:
-        work_avx2(t, begin, end)
+        work_avx2(t, walk_over(&t.walk, begin, end))
     else:
-        work_baseline(t, begin, end)
+        work_baseline(t, walk_over(&t.walk, begin, end))
+
+
+cdef Walk walk_over(const Walk *w, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
+    return by_columns(w, begin, end, TILE) if rows_share(w) else part(w, begin, end)
+
+
+cdef int run_pieces(Task *t) except -1:
+    cdef Py_ssize_t inner = t.walk.inner
+    cdef Py_ssize_t step = max(PIECE // inner, 1) * inner if rows_share(&t.walk) else PIECE  # whole rows
+    return in_pieces(piece, t, t.walk.size, PICOSECONDS, 1 << 10, step)
 
 
 # What Python calls
@@ -383,7 +392,7 @@ cdef bint run_quantize(Task *t, const float[::1] scale) except -1:
         reciprocals = reciprocals_of(scale, t.walk.size)
     t.reciprocal = reciprocals
     try:
-        in_pieces(piece, t, t.walk.size, PICOSECONDS)
+        run_pieces(t)
     finally:
         PyMem_RawFree(reciprocals)
     return qn_atomic_get(&t.nonfinite) != 0
@@ -448,7 +457,7 @@ def dequantize(
     if t.walk.size:
         t.which, t.codes, t.flip, t.scale, t.zero = DEQUANTIZE, &codes[0], 0x80 if is_signed else 0, &scale[0], &zero[0]
         t.out = &out[0]
-        in_pieces(piece, &t, t.walk.size, PICOSECONDS)
+        run_pieces(&t)
 
 
 def dequantize_float8(
@@ -466,7 +475,7 @@ def dequantize_float8(
     if t.walk.size:
         t.which, t.codes, t.scale, t.zero = DEQUANTIZE8, &codes[0], &scale[0], <const int32_t *>&scale[0]
         t.decoder, t.out = decoder_of(f), &out[0]
-        in_pieces(piece, &t, t.walk.size, PICOSECONDS)
+        run_pieces(&t)
 
 
 # int4: two codes a byte, the first in the low nibble; each row padded to whole 32-bit words (8 codes)
