@@ -458,12 +458,12 @@ def test_s9_s10() -> None:
 
 def test_elements_are_held_against_the_best_loop_and_the_best_peer() -> None:
     kinds = {"slow loop": "read", "loop": "read", "a": "dynamic", "b": "dynamic"}
-    row = outcome({OURS: 1.0, "slow loop": 2.0, "loop": 0.95, "a": 6.0, "b": 5.5}, kinds, shape=None)
+    row = outcome({OURS: 2.0, "slow loop": 3.0, "loop": 1.875, "a": 12.0, "b": 11.0}, kinds, shape=None)
     found = [(v.target, v.wanted, v.seen, v.met) for v in targets.of_elements([row], {row.case.name: 5.0})]
-    assert found == [("S6", 0.9, 0.95, True), ("S6", 5.0, 5.5, True)]
-    alone = outcome({OURS: 1.0, "loop": 0.85}, kinds, shape=None)
+    assert found == [("S6", 0.9, 0.9375, True), ("S6", 5.0, 5.5, True)]
+    alone = outcome({OURS: 2.0, "loop": 1.75}, kinds, shape=None)
     (only,) = targets.of_elements([alone], {alone.case.name: 1.0})
-    assert (only.seen, only.met) == (0.85, False)
+    assert (only.seen, only.met) == (0.875, False)
     slow, fast = (outcome({OURS: seconds}, {}, operations=1e9, shape=None) for seconds in (1.25, 0.5))
     assert [(v.seen, v.met) for v in targets.of_counting([slow, fast])] == [(0.8, False), (2.0, True)]
 
