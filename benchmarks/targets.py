@@ -102,6 +102,15 @@ def against_peers(outcomes: Sequence[Outcome]) -> Iterator[Verdict]:
             yield Verdict("S1", f"{label(outcome)}: times the speed of {best}", 0.97, outcome.ratio(OURS, best))
 
 
+def against_float32(outcomes: Sequence[Outcome], weights: str) -> Iterator[Verdict]:
+    """S4: weights multiplied with floats against NumPy's product of float32, for one row and from 128 rows on."""
+    for outcome in outcomes:
+        best, rows = outcome.best("float32"), rows_of(outcome)
+        if best is not None and (rows == 1 or rows >= 128) and outcome.case.shape != SMALL:
+            what = f"{label(outcome)}, {weights} weights, float activations: times the speed of {best}"
+            yield Verdict("S4", what, 2.0 if rows == 1 else 0.95, outcome.ratio(OURS, best))
+
+
 def against_compute_limit(outcomes: Sequence[Outcome]) -> Iterator[Verdict]:
     """S2: shares of the vpdpbusd limit, on a machine that has the instruction."""
     for outcome in outcomes:

@@ -42,8 +42,26 @@ static qn_cpu detect(void) {
 static qn_cpu detect(void) {
     qn_cpu cpu = {0};
     cpu.neon = 1; /* part of every aarch64 */
-    cpu.dotprod = getauxval(AT_HWCAP) >> 20 & 1;
-    cpu.i8mm = getauxval(AT_HWCAP2) >> 13 & 1;
+    cpu.dotprod = getauxval(AT_HWCAP) >> 20 & 1; /* HWCAP_ASIMDDP */
+    cpu.i8mm = getauxval(AT_HWCAP2) >> 13 & 1;   /* HWCAP2_I8MM */
+    return cpu;
+}
+
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+
+/* A name that this system does not know is a feature that it does not have. */
+static int has(const char *name) {
+    int value = 0;
+    size_t size = sizeof value;
+    return sysctlbyname(name, &value, &size, NULL, 0) == 0 && value != 0;
+}
+
+static qn_cpu detect(void) {
+    qn_cpu cpu = {0};
+    cpu.neon = 1;
+    cpu.dotprod = has("hw.optional.arm.FEAT_DotProd");
+    cpu.i8mm = has("hw.optional.arm.FEAT_I8MM");
     return cpu;
 }
 
@@ -75,6 +93,10 @@ const qn_kernel *const qn_kernels[] = {
 #endif
     &qn_kernel_vnni256,
     &qn_kernel_avx512vnni,
+#elif defined(__aarch64__) && defined(__GNUC__)
+    &qn_kernel_neon,
+    &qn_kernel_dotprod,
+    &qn_kernel_i8mm,
 #endif
     0,
 };

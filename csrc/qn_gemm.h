@@ -32,7 +32,8 @@
  *
  * Floats are combined in one order everywhere, without contraction (compile with -ffp-contract=off):
  *   product = fl( fl(float(acc)) * fl(sx * sw) ); groups are added in ascending order; then + bias; then the activation.
- *   Float activations: one chain of fused multiply-adds an output, k ascending from 0.
+ *   Float activations: one chain of fused multiply-adds an output, k ascending from 0, over weights that are decoded,
+ *   fl((code - zero) * scale).
  */
 #ifndef QN_GEMM_H
 #define QN_GEMM_H
@@ -46,6 +47,7 @@ enum {
     QN_SEGMENT = 32768,   /* k whose raw sum of u8 * s8 surely fits int32: 255 * 128 * 32768 < 2^31 */
     QN_PAIR_GROUP = 128,  /* k whose sum of differences of codes surely fits int16: 255 * 128 < 2^15 */
     QN_MAX_K = 1 << 23,   /* sums of codes fit int32 up to here: 255 * 2^23 < 2^31 */
+    QN_TERM_BYTES = 128,  /* an unpacked group's scales and pairs, of a panel */
     QN_TILE_ROWS = 8,     /* no kernel's tile is larger than this */
     QN_TILE_PANELS = 3,
     QN_TILE_COLS = QN_TILE_PANELS * QN_NR,
@@ -111,8 +113,22 @@ typedef struct {
     int64_t a_stride;       /* bytes */
     float *scale;           /* [count] */
     int32_t *zero;          /* [count], of the unsigned code */
-    int32_t *sum;           /* [count][groups], sums of codes (for tile_groups pairs, see there) */
+    int32_t *sum;           /* of the codes of row i, group g, at i * sum_row + g * sum_group; for `tile_groups` pairs, see there */
+    int64_t sum_row, sum_group;
 } qn_rows;
+
+/* Some groups of a tile's rows and panels, unpacked, for `tile_groups`. */
+typedef struct {
+    int rows, panels;
+    int64_t groups, group_k;
+    const uint8_t *a;            /* the rows' codes of these groups, a byte each */
+    int64_t a_stride;
+    const uint8_t *codes, *terms; /* as `unpack_groups` has made them, panels beside each other in a k-step, and in a group */
+    const int32_t *pairs;        /* [groups][pairs_stride], of which a group's first are the rows' */
+    int64_t pairs_stride;
+    const float *row_scale;      /* [rows] */
+    float *sum;                  /* [rows][QN_TILE_COLS], added to */
+} qn_group_tile;
 
 /* An instruction set's operations. Tiles are written as [rows][QN_TILE_COLS]. */
 typedef struct {
@@ -121,7 +137,8 @@ typedef struct {
     int32_t a_bytes;                 /* bytes an activation code takes */
     int32_t rate, float_rate;        /* multiply-adds a ns, roughly */
     int32_t rows, panels;            /* the largest tile */
-    int32_t float_rows, float_panels;
+    int32_t float_rows, float_panels; /* the largest with decoded weights */
+    int32_t direct_rows;             /* the largest of `float_direct`; 0 where there is none */
     /* The whole way of int8 weights with one group: product and epilogue of a tile while its sums are in registers. It takes
      * up to layer_rows rows, and of count rows (or 8, if there are more) up to layer_panels[count] panels. Lines from `ahead`
      * on, as many bytes as a panel has codes, will be needed next. May be NULL. */
@@ -135,18 +152,27 @@ typedef struct {
     int (*range)(const float *x, int64_t n, float *low, float *high);
     /* codes[n] = clamp(rint(x / scale) + zero, low, high), a byte each. */
     void (*quantize_values)(const float *x, int64_t n, float scale, int32_t zero, int32_t low, int32_t high, uint8_t *codes);
-    /* acc = sum over k (a multiple of 4; of 8 for int4) of a * b; b points into the first panel's codes. */
+    /* acc = sum over k (a multiple of QN_K_PAD) of a * b; b points into the first panel's codes. */
     void (*tile_int8)(int rows, int panels, int64_t k, const uint8_t *a, int64_t a_stride, const uint8_t *b,
                       int64_t panel_bytes, int32_t *acc);
     void (*tile_int4)(int rows, int panels, int64_t k, const uint8_t *a, int64_t a_stride, const uint8_t *b,
                       int64_t panel_bytes, int32_t *acc);
-    /* All groups of rows by one panel: sum[row] = the groups' products, added in ascending order. May be NULL. Groups are
-     * of at most QN_PAIR_GROUP; rows->sum holds pairs: a row's zero point and, times 2^16, its sum of codes less the zero
-     * points. With the panel's sum of codes and zero point in the same places, one multiply-add of 16-bit pairs gives
-     * both corrections. */
-    void (*tile_groups)(const qn_call *c, const qn_rows *rows, int64_t row, int count, const uint8_t *panel, float *sum);
-    /* acc = fma(a[k], b[k], acc), k ascending; b is [k][panels * 16] decoded weights. */
-    void (*tile_float)(int rows, int panels, int64_t k, const uint8_t *a, int64_t a_stride, const float *b, float *acc);
+    /* Int8 and int4 weights with small groups (of at most QN_PAIR_GROUP). `unpack_groups` unpacks groups [first, first +
+     * groups) of a panel: a k-step of codes is 64 bytes, as int8's, and the next is `step` bytes on; int4's are 0..15. A group's
+     * terms are its scales, float [16], and pairs of int16 [16]: minus the sum of codes, and times 2^16 minus the zero point.
+     * The rows' pairs are a row's zero point and, times 2^16, its sum of codes less the zero points: one multiply-add of pairs
+     * takes both corrections off. `tile_groups` adds the groups' products in ascending order to t->sum, rows up to group_rows by
+     * panels up to group_panels. May be NULL. */
+    int32_t group_rows, group_panels;
+    void (*unpack_groups)(const qn_weights *w, const uint8_t *panel, int64_t first, int64_t groups, uint8_t *codes, int64_t step,
+                          uint8_t *terms, int64_t term_step);
+    void (*tile_groups)(const qn_group_tile *t);
+    /* acc = fma(a[k], b[k], acc), k ascending; a is [k / 4][rows][4], the last k / 4 perhaps not full, b is
+     * [k][panels * 16] decoded weights. */
+    void (*tile_float)(int rows, int panels, int64_t k, const float *a, const float *b, float *acc);
+    /* The whole product of a few rows of floats: weights are decoded in registers, out gets the finished sums but for the
+     * bias. It may write direct_rows rows. */
+    void (*float_direct)(const qn_call *c, const qn_rows *rows, int64_t row, int count, int64_t panel, int panels, float *out);
     /* Decode k weights of one panel and group, from k0 on, into out[k][stride]; times their scale if `scaled`. */
     void (*decode)(const qn_weights *w, const uint8_t *panel, int64_t g, int64_t k0, int64_t k, int scaled, float *out,
                    int64_t stride);
@@ -159,6 +185,7 @@ typedef struct {
 /* Every kernel compiled in, worst first, ended by a NULL name. */
 extern const qn_kernel *const qn_kernels[];
 extern const qn_kernel qn_kernel_scalar, qn_kernel_avx2, qn_kernel_avxvnni, qn_kernel_vnni256, qn_kernel_avx512vnni;
+extern const qn_kernel qn_kernel_neon, qn_kernel_dotprod, qn_kernel_i8mm;
 
 /* CPU features as the operating system lets us use them. */
 typedef struct {
@@ -201,6 +228,14 @@ int64_t qn_linear_work(const qn_kernel *kernel, const qn_call *c);
 /* Bytes of scratch that a call needs (64-byte aligned), and the call; `share` is used where threads > 1. */
 int64_t qn_scratch_bytes(const qn_kernel *kernel, const qn_call *c, int threads);
 void qn_linear(const qn_kernel *kernel, const qn_call *c, uint8_t *scratch, int threads, qn_share share);
+
+/* Weights with small groups, a part of the call: whether the kernel adds up the groups by itself; bytes of scratch of a thread;
+ * rows of a block by panels [first, last); and the rows' sums of codes into the pairs that `tile_groups` takes. */
+int qn_sums_groups(const qn_kernel *kernel, const qn_call *c);
+int64_t qn_groups_scratch(const qn_weights *w, int64_t rows);
+void qn_groups_block(const qn_kernel *kernel, const qn_call *c, const qn_rows *rows, int64_t first, int64_t last,
+                     uint8_t *scratch);
+void qn_pair_sums(const qn_call *c, const qn_rows *rows);
 
 /* One element's activation function, for tests and for the reference order of operations. */
 float qn_activate(float x, qn_activation activation);

@@ -5,16 +5,17 @@
  * in the loop, once for all rows of a tile.
  */
 #include "qn_gemm.h"
+#include "qn_float_vector.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 #include <math.h>
 #include <string.h>
 #ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,prfchw"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,prfchw")
 #endif
 
 #define QN_A_BYTES 2
@@ -71,7 +72,7 @@ QN_INLINE void multiply(const int R, const weight_form form, int64_t k, const ui
     for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = _mm256_setzero_si256();
     row_pointers rows = {{a, a + 3 * a_stride}, a_stride};
     __asm__("" : "+r"(rows.a[1])); /* kept, not computed anew */
-    for (const uint8_t *end = a + k * QN_A_BYTES; rows.a[0] < end; b += 64) {
+    for (const uint8_t *end = a + k * QN_A_BYTES; rows.a[0] < end; b += form == NIBBLES ? 64 : 128) { /* two k-steps */
         if (form == NIBBLES) {
             __m128i first = _mm_loadu_si128((const __m128i *)b), last = _mm_loadu_si128((const __m128i *)(b + 16));
             multiply_step(R, sum, &rows, 0, _mm256_cvtepu8_epi16(_mm_and_si128(first, low_nibble)),
@@ -79,13 +80,17 @@ QN_INLINE void multiply(const int R, const weight_form form, int64_t k, const ui
             multiply_step(R, sum, &rows, 4 * QN_A_BYTES,
                           _mm256_cvtepu8_epi16(_mm_and_si128(_mm_srli_epi16(first, 4), low_nibble)),
                           _mm256_cvtepu8_epi16(_mm_and_si128(_mm_srli_epi16(last, 4), low_nibble)));
-        } else if (form == WORDS) {
-            multiply_step(R, sum, &rows, 0, _mm256_load_si256((const __m256i *)b), _mm256_load_si256((const __m256i *)b + 1));
         } else {
-            multiply_step(R, sum, &rows, 0, widen_signed(b), widen_signed(b + 16));
+#pragma GCC unroll 2
+            for (int step = 0; step < 2; step++) {
+                const uint8_t *w = b + 64 * step;
+                multiply_step(R, sum, &rows, 4 * QN_A_BYTES * step,
+                              form == WORDS ? _mm256_load_si256((const __m256i *)w) : widen_signed(w),
+                              form == WORDS ? _mm256_load_si256((const __m256i *)w + 1) : widen_signed(w + 16));
+            }
         }
-        rows.a[0] += (form == NIBBLES ? 8 : 4) * QN_A_BYTES;
-        rows.a[1] += (form == NIBBLES ? 8 : 4) * QN_A_BYTES;
+        rows.a[0] += 8 * QN_A_BYTES;
+        rows.a[1] += 8 * QN_A_BYTES;
     }
 #pragma GCC unroll 6
     for (int r = 0; r < R; r++) out[r] = (VU)add_pairs(sum[r][0], sum[r][1]);
@@ -117,6 +122,7 @@ typedef struct { int64_t k; const uint8_t *a, *b; int first, last; } k_piece;
 QN_INLINE void layer_rows_fixed(const int R, const weight_form form, const qn_call *c, const qn_rows *rows, int64_t row,
                                 int64_t column, const k_piece *piece, VU carried[]) {
     VU sum[QN_TILE_ROWS][COLUMN_VECTORS], part[6];
+    if (piece->last) ask_for_outputs(R, QN_NR / 2, c, rows, row, column);
     multiply(R, form, piece->k, piece->a, rows->a_stride, piece->b, part);
 #pragma GCC unroll 6
     for (int r = 0; r < R; r++) sum[r][0] = piece->first ? part[r] : part[r] + carried[r];
@@ -238,8 +244,6 @@ static void tile_int4(int rows, int panels, int64_t k, const uint8_t *a, int64_t
     tile(1, rows, panels, k, a, a_stride, b, panel_bytes, acc);
 }
 
-#include "qn_float_avx2.h"
-
 #ifdef __clang__
 #pragma clang attribute pop
 #else
@@ -250,9 +254,9 @@ static int usable(void) { return qn_cpu_features()->avx2 && qn_cpu_features()->f
 
 const qn_kernel qn_kernel_avx2 = {
     .name = "avx2", .layer_rows = LAYER_ROWS, .layer_panels = {0, 3, 3, 3, 3, 3, 3, 3, 3},
-    .layer_tile = layer_tile, .usable = usable, .a_bytes = QN_A_BYTES, .rate = 75, .float_rate = 40, .rows = 6, .panels = 3, .float_rows = 6, .float_panels = 1,
-    .quantize_rows = quantize_rows, .range = finite_range, .quantize_values = quantize_values, .tile_int8 = tile_int8, .tile_int4 = tile_int4, .tile_float = tile_float,
-    .decode = decode, .epilogue = epilogue,
+    .layer_tile = layer_tile, .usable = usable, .a_bytes = QN_A_BYTES, .rate = 75, .float_rate = 40, .rows = 6, .panels = 3, .float_rows = 6, .float_panels = 1, .direct_rows = 6,
+    .quantize_rows = quantize_rows, .range = finite_range, .quantize_values = quantize_values, .tile_int8 = tile_int8, .tile_int4 = tile_int4, .tile_float = qn_avx2_tile_float,
+    .float_direct = qn_avx2_float_direct, .decode = qn_avx2_decode, .epilogue = epilogue,
 };
 #else
 typedef int qn_gemm_avx2_is_for_x86_64; /* a translation unit may not be empty */

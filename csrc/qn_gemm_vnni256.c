@@ -5,17 +5,18 @@
  * of weights and a broadcast leave one of the sixteen registers that both have.
  */
 #include "qn_gemm.h"
+#include "qn_float_vector.h"
 
 #if defined(__x86_64__) && (!defined(QN_VEX) || __GNUC__ >= 11)
 #include <immintrin.h>
 #include <math.h>
 #include <string.h>
 #ifdef QN_VEX
-#define QN_TARGET "avx2,fma,avxvnni"
+#define QN_TARGET "avx2,fma,avxvnni,prfchw"
 #define dpbusd _mm256_dpbusd_avx_epi32
 #define KERNEL qn_kernel_avxvnni
 #else
-#define QN_TARGET "avx2,fma,avx512f,avx512vl,avx512vnni"
+#define QN_TARGET "avx2,fma,avx512f,avx512vl,avx512vnni,prfchw"
 #define dpbusd _mm256_dpbusd_epi32
 #define KERNEL qn_kernel_vnni256
 #endif
@@ -89,6 +90,7 @@ QN_INLINE void multiply(const int R, const int P, const int int4, int64_t k, con
 QN_INLINE void layer_tile_fixed(const int R, const int P, const qn_call *c, const qn_rows *rows, int64_t row, int64_t panel) {
     const qn_weights *w = c->w;
     VU sum[QN_TILE_ROWS][COLUMN_VECTORS];
+    ask_for_outputs(R, P * QN_NR, c, rows, row, panel * QN_NR);
     multiply(R, P, 0, w->group_k, rows->a + row * rows->a_stride, rows->a_stride,
              w->data + panel * w->panel_bytes + w->codes_at, w->panel_bytes, sum);
     finish_tile(R, P * PANEL_VECTORS, c, rows, row, panel * QN_NR, sum);
@@ -140,8 +142,6 @@ static void tile_int4(int rows, int panels, int64_t k, const uint8_t *a, int64_t
     tiles(1, rows, panels, k, a, a_stride, b, panel_bytes, acc);
 }
 
-#include "qn_float_avx2.h"
-
 #ifdef __clang__
 #pragma clang attribute pop
 #else
@@ -163,10 +163,10 @@ const qn_kernel KERNEL = {
 #else
     .name = "vnni256",
 #endif
-    .usable = usable, .a_bytes = QN_A_BYTES, .rate = 200, .float_rate = 40, .rows = 6, .panels = 3, .float_rows = 6, .float_panels = 1,
+    .usable = usable, .a_bytes = QN_A_BYTES, .rate = 200, .float_rate = 40, .rows = 6, .panels = 3, .float_rows = 6, .float_panels = 1, .direct_rows = 6,
     .layer_rows = 6, .layer_panels = {0, 4, 2, 1, 1, 1, 1}, .layer_tile = layer_tile,
-    .quantize_rows = quantize_rows, .range = finite_range, .quantize_values = quantize_values, .tile_int8 = tile_int8, .tile_int4 = tile_int4, .tile_float = tile_float,
-    .decode = decode, .epilogue = epilogue,
+    .quantize_rows = quantize_rows, .range = finite_range, .quantize_values = quantize_values, .tile_int8 = tile_int8, .tile_int4 = tile_int4, .tile_float = qn_avx2_tile_float,
+    .float_direct = qn_avx2_float_direct, .decode = qn_avx2_decode, .epilogue = epilogue,
 };
 #else
 typedef int qn_gemm_vnni256_is_for_x86_64; /* a translation unit may not be empty */

@@ -23,14 +23,10 @@
  *   vu_load_u8               bytes, zero-extended
  *   QN_A_BYTES               bytes an activation code takes
  */
+#include "qn_decode.h"
+
 #include <math.h>
 #include <string.h>
-
-#if defined(__GNUC__)
-#define QN_INLINE static inline __attribute__((always_inline))
-#else
-#define QN_INLINE static inline
-#endif
 
 /* ---- activation functions: fixed sequences of + - * /, within 2^-22 * max(1, |x|) of the true value ---- */
 
@@ -262,19 +258,6 @@ static int32_t take_codes(const uint8_t *x, int64_t n, uint8_t flip, uint8_t *a)
     return (int32_t)total;
 }
 
-/* The values of float8 codes. Above the largest finite code: Inf and NaN in e5m2, NaN in e4m3fn. */
-QN_INLINE VF decode_float8(VU code, qn_format format) {
-    int mantissa = format == QN_FLOAT8_E4M3FN ? 3 : 2;
-    VU size = code & vu_splat(0x7F);
-    VF number = vf_from_vu(size);
-    VF normal = vf_bits((size << (23 - mantissa)) + vu_splat((mantissa == 3 ? 120u : 112u) << 23));
-    VF subnormal = number * vf_splat(mantissa == 3 ? 0x1p-9f : 0x1p-16f);
-    VF value = vf_less(number, vf_splat((float)(1 << mantissa)), subnormal, normal);
-    VF special = mantissa == 3 ? vf_splat(NAN) : vf_less(number, vf_splat(125.0f), vf_splat(INFINITY), vf_splat(NAN));
-    value = vf_less(vf_splat(mantissa == 3 ? 126.0f : 123.0f), number, special, value);
-    return vf_bits(vu_bits(value) | ((code & vu_splat(0x80)) << 24));
-}
-
 /* n float8 codes as their values. */
 static void take_float8(const uint8_t *x, int64_t n, qn_format format, float *a) {
     for (int64_t i = 0; i < n; i += QN_W) {
@@ -318,7 +301,7 @@ static void quantize_row_integer(const qn_call *c, qn_rows *rows, int64_t i, row
     for (int64_t g = 0; g < w->groups; g++) {
         int64_t start = g * w->group, n = w->k - start < w->group ? w->k - start : w->group;
         uint8_t *to = a + g * w->group_k * QN_A_BYTES;
-        rows->sum[i * w->groups + g] = takes_codes(c)
+        rows->sum[i * rows->sum_row + g * rows->sum_group] = takes_codes(c)
             ? take_codes(x + start, n, c->input == QN_INPUT_INT8_CODES ? 0x80 : 0, to)
             : p.beyond ? quantize_floats((const float *)x + start, n, p, 1, to)
                        : quantize_floats((const float *)x + start, n, p, 0, to);
@@ -411,11 +394,33 @@ static void quantize_values(const float *x, int64_t n, float scale, int32_t zero
     emit_codes(x, n, scale, zero, low, high, codes, QN_IDENTITY);
 }
 
+static inline int output_bytes(const qn_call *c) { /* of a value that an epilogue writes */
+    return c->output == QN_OUTPUT_INT8 || c->output == QN_OUTPUT_UINT8 ? 1 : 4;
+}
+
+static inline uint8_t *output_at(const qn_call *c, const qn_rows *rows, int64_t row, int64_t column) {
+    return (uint8_t *)c->y + (rows->first + row) * c->y_stride + column * output_bytes(c);
+}
+
+/* Ask for the lines of y that a tile of R rows will write, early enough that they are at hand when its sums are: a tile
+ * goes down the rows, a few lines of each, which no hardware prefetcher takes for a stream. (x86: prefetchw, which every
+ * 64-bit CPU executes, the oldest as a no-op.) */
+QN_INLINE void ask_for_outputs(const int R, const int columns, const qn_call *c, const qn_rows *rows, int64_t row,
+                               int64_t column) {
+#ifdef __GNUC__
+    const char *y = (const char *)output_at(c, rows, row, column);
+    int64_t bytes = (int64_t)columns * output_bytes(c);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+        for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(y + r * c->y_stride + at, 1);
+#endif
+}
+
 /* Give a tile of finished sums, float [count][stride] with bias and all, to y; from `column` on, as many as there are. */
 static void emit(const qn_call *c, const qn_rows *rows, int64_t row, int count, int64_t column, int64_t columns,
                  const float *values, int64_t stride) {
-    int codes = c->output == QN_OUTPUT_INT8 || c->output == QN_OUTPUT_UINT8;
-    uint8_t *y = (uint8_t *)c->y + (rows->first + row) * c->y_stride + column * (codes ? 1 : 4);
+    int codes = output_bytes(c) == 1;
+    uint8_t *y = output_at(c, rows, row, column);
     if (columns > c->w->n - column) columns = c->w->n - column;
 #define EMIT(ACTIVATION)                                                                                               \
     for (int r = 0; r < count; r++) {                                                                                  \
@@ -459,7 +464,7 @@ QN_INLINE VU correct(VU sum, const column_terms *t, int asymmetric, int32_t za, 
 /* The row's sum of a - za in group g. */
 QN_INLINE uint32_t corrected_sum(const qn_weights *w, const qn_rows *rows, int64_t i, int64_t g) {
     int64_t k = w->k - g * w->group < w->group ? w->k - g * w->group : w->group;
-    return (uint32_t)rows->sum[i * w->groups + g] - (uint32_t)k * (uint32_t)rows->zero[i];
+    return (uint32_t)rows->sum[i * rows->sum_row + g * rows->sum_group] - (uint32_t)k * (uint32_t)rows->zero[i];
 }
 
 enum { COLUMN_VECTORS = QN_TILE_VALUES / QN_W }; /* of a row of a tile, at most */
@@ -473,7 +478,7 @@ QN_INLINE void finish_tile(const int R, const int V, const qn_call *c, const qn_
     const int32_t *row_zero = rows->zero + row;
     float values[QN_TILE_VALUES];
     int direct = c->output == QN_OUTPUT_FLOAT32 && c->activation == QN_IDENTITY && column + V * QN_W <= w->n;
-    float *first = direct ? (float *)((uint8_t *)c->y + (rows->first + row) * c->y_stride) + column : values;
+    float *first = direct ? (float *)output_at(c, rows, row, column) : values;
     int64_t stride = direct ? c->y_stride / 4 : V * QN_W;
     const uint8_t *panel = w->data + column / QN_NR * w->panel_bytes;
 #pragma GCC unroll 8
@@ -554,32 +559,4 @@ static void epilogue(const qn_call *c, const qn_rows *rows, int64_t row, int cou
     }
     if (kind == LAST) emit(c, rows, row, count, panel * QN_NR, panels * QN_NR, sum, QN_TILE_COLS);
 #undef FINISH
-}
-
-/* ---- decoding weights to floats ---- */
-
-static void decode(const qn_weights *w, const uint8_t *panel, int64_t g, int64_t k0, int64_t k, int scaled, float *out,
-                   int64_t stride) {
-    const float *scale = (const float *)(panel + w->scale_at) + g * QN_NR;
-    const uint32_t *zero = (const uint32_t *)(panel + w->zero_at) + g * QN_NR;
-    const uint8_t *codes = panel + w->codes_at + g * w->group_k * QN_NR / (w->format == QN_INT4 ? 2 : 1);
-    int mask = w->format == QN_INT4 ? 15 : 0xFF;
-    for (int64_t i = k0; i < k0 + k; i++, out += stride) {
-        /* One k of 16 columns is one byte (or nibble) of each 32-bit lane of its k-step. */
-        const uint8_t *step = codes + (w->format == QN_INT4 ? i / 8 : i / 4) * 64;
-        int shift = (int)(i % 4) * 8 + (w->format == QN_INT4 ? (int)(i / 4 % 2) * 4 : 0);
-        for (int n = 0; n < QN_NR; n += QN_W) {
-            VU code = (vu_load((const uint32_t *)step + n) >> shift) & vu_splat((uint32_t)mask);
-            VF value;
-            if (w->format == QN_INT8 || w->format == QN_INT4) {
-                if (w->format == QN_INT8) code = (code ^ vu_splat(0x80)) - vu_splat(0x80);
-                if (w->asymmetric) code -= vu_load(zero + n);
-                value = vf_from_vu(code);
-            } else {
-                value = decode_float8(code, w->format);
-            }
-            if (scaled) value = value * vf_load(scale + n);
-            vf_store(out + n, value);
-        }
-    }
 }

@@ -373,11 +373,11 @@ def numpy_float32(problem: Problem, threads: int = 1) -> Contender:
 
 
 def linear_case(
-    shape: tuple[int, int, int], config: QuantConfig, *, threads: int = 1,
+    shape: tuple[int, int, int], config: QuantConfig, *, activations: str = "dynamic", threads: int = 1,
     check: Callable[[QuantizedLinear, Problem], object] | None = None,
     peers: Callable[[Problem], Iterable[Contender]] = lambda problem: (),
 ) -> Case:  # fmt: skip
-    """Make the case of one layer: dynamic activations, float32 in and out, against the limits and NumPy's product.
+    """Make the case of one layer: float32 in and out, against the limits and NumPy's product.
 
     Parameters
     ----------
@@ -385,6 +385,8 @@ def linear_case(
         (m, k, n).
     config : QuantConfig
         Of the weights.
+    activations : {"dynamic", "dynamic_symmetric", "float"}
+        As the layer takes them.
     threads : int
         How many each contender may use.
     check : callable, optional
@@ -397,10 +399,11 @@ def linear_case(
     Case
     """
     problem = Problem.random(*shape)
-    layer = QuantizedLinear.from_float(problem.weight, problem.bias, config)
+    layer = QuantizedLinear.from_float(problem.weight, problem.bias, config, activations=activations)
+    in_float32 = config.info.is_float or activations == "float"
     contenders = [
         ours(layer, problem, threads=threads),
-        *compute_limits("float32" if config.info.is_float else "integer", threads),
+        *compute_limits("float32" if in_float32 else "integer", threads),
         numpy_float32(problem, threads),
         *peers(problem),
     ]
@@ -421,8 +424,14 @@ def title(shape: Sequence[int]) -> str:
 
 
 def words(size: int, pieces: int = 1) -> NDArray[np.uint8]:
-    """Return a buffer of ones of about that size, whole 64-bit words in each of its pieces."""
-    return np.ones(-(-size // (8 * pieces)) * 8 * pieces, np.uint8)
+    """Return a buffer of ones of about that size, whole 64-bit words in each of its pieces.
+
+    It begins with a cache line, as packed weights do: from elsewhere on, reading the L2 cache takes a quarter longer.
+    """
+    size = -(-size // (8 * pieces)) * 8 * pieces
+    memory = np.ones(size + 63, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size]
 
 
 def rotate(contenders: Sequence[Contender]) -> Contender:

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from qnative import _core
 from qnative.config import CodeDType, check_code_range, check_scale, check_zero_point, code_dtype
-from qnative.floats import as_float_array, deliver, encode, float_dtype, out_target
+from qnative.floats import as_float_array, deliver, encode, float_dtype, out_target, plain_array
 from qnative.granularity import Granules, nonfinite_error
 
 __all__ = ["dequantize", "fake_quantize", "quantize", "sqnr"]
@@ -198,7 +198,7 @@ def dequantize(
     numpy.ndarray
         Of `out_dtype` and the codes' shape.
     """
-    array = np.asarray(codes)
+    array = plain_array(codes)
     info = code_dtype(array.dtype.name if dtype is None else dtype)
     wanted = float_dtype(out_dtype)
     if wanted.itemsize < 2:

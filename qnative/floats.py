@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from qnative import _core
 
-__all__ = ["as_float_array", "decode", "deliver", "encode", "float_dtype", "out_target"]
+__all__ = ["as_float_array", "decode", "deliver", "encode", "float_dtype", "out_target", "plain_array"]
 
 _FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
 _FLOAT16 = ("float16", "bfloat16")
@@ -24,6 +24,21 @@ def _name_of(dtype: object) -> str:
     return str(name)
 
 
+def plain_array(x: ArrayLike) -> NDArray[Any]:
+    """Return x as a `numpy.ndarray` itself, without a copy where it is one or a subclass of it (`numpy.memmap`, ...).
+
+    Raises
+    ------
+    TypeError
+        For masked arrays: nothing here would heed the mask.
+    """
+    if type(x) is np.ndarray:
+        return x
+    if isinstance(x, np.ndarray) and isinstance(x, np.ma.MaskedArray):
+        raise TypeError("a masked array's mask would be ignored; pass x.filled(value), or x.data if that is meant")
+    return np.asarray(x)
+
+
 def as_float_array(x: ArrayLike) -> NDArray[Any]:
     """Return x as a C-contiguous, aligned array of native float32 or float64, copied only where it must be.
 
@@ -33,9 +48,10 @@ def as_float_array(x: ArrayLike) -> NDArray[Any]:
     Raises
     ------
     TypeError
-        For integers, booleans, complex numbers and objects: say what they mean with ``.astype(np.float32)`` first.
+        For integers, booleans, complex numbers and objects: say what they mean with ``.astype(np.float32)`` first. For
+        masked arrays.
     """
-    array = np.asarray(x)
+    array = plain_array(x)
     if array.dtype in _AS_THEY_ARE and array.flags.c_contiguous and array.flags.aligned:
         return array
     if isinstance(x, int) and not isinstance(x, bool):
@@ -152,7 +168,7 @@ def decode(codes: ArrayLike, dtype: object, *, out: NDArray[np.float32] | None =
     name = _name_of(dtype)
     wanted: np.dtype[Any] = np.dtype(np.uint8 if name in _FLOAT8 else np.uint16)
     largest = 0xFF if name in _FLOAT8 else 0xFFFF
-    array = np.asarray(codes)
+    array = plain_array(codes)
     if array.dtype.name == name:
         array = np.ascontiguousarray(array).reshape(array.shape).view(wanted)
     if array.dtype.kind not in "iu":

@@ -30,6 +30,7 @@ __all__ = [
     "Moments",
     "Statistic",
     "find_ends",
+    "pieces",
     "rows_of",
 ]
 
@@ -51,12 +52,13 @@ SLAB = 1 << 16
 # Walking over an array
 
 
-def _pieces(x: NDArray[Any], axis: int | None, size: int) -> Iterator[NDArray[Any]]:
-    """Cut `x` along its longest dimension (not the channels) into float arrays of about `size` elements."""
-    if axis is None and x.flags.c_contiguous:
+def pieces(x: NDArray[Any], whole: tuple[int, ...], size: int) -> Iterator[NDArray[Any]]:
+    """Cut `x` along its longest dimension, the axes in `whole` excepted, into float arrays of about `size` elements."""
+    if not whole and x.flags.c_contiguous:
         x = x.reshape(-1)
-    lengths = [0 if axis is not None and d == axis % x.ndim else n for d, n in enumerate(x.shape)]
-    if not any(lengths):  # 0-d, or channels of one value
+    kept = {axis % x.ndim for axis in whole}
+    lengths = [0 if d in kept else n for d, n in enumerate(x.shape)]
+    if not any(lengths):  # 0-d, or nothing to cut
         yield as_float_array(x)
         return
     cut = int(np.argmax(lengths))
@@ -67,7 +69,7 @@ def _pieces(x: NDArray[Any], axis: int | None, size: int) -> Iterator[NDArray[An
 
 def rows_of(x: NDArray[Any], axis: int | None) -> Iterator[NDArray[Any]]:
     """Cut `x` into float arrays of shape (channels, n), about `SLAB` elements each; (1, n) when `axis` is None."""
-    for piece in _pieces(x, axis, SLAB):
+    for piece in pieces(x, () if axis is None else (axis,), SLAB):
         if axis is None:
             yield piece.reshape(1, -1)
         else:
@@ -78,7 +80,7 @@ def find_ends(x: NDArray[Any], axis: int | None, channels: int) -> tuple[F64, F6
     """Smallest and largest finite value and number of finite values of each channel (inf, -inf and 0 without any)."""
     low, high = np.full(channels, np.inf), np.full(channels, -np.inf)
     count = np.zeros(channels, np.int64)
-    for piece in _pieces(x, axis, 16 * SLAB):
+    for piece in pieces(x, () if axis is None else (axis,), 16 * SLAB):
         part_low, part_high = np.empty(channels, piece.dtype), np.empty(channels, piece.dtype)
         walk = Granules.of(piece.shape, axis).walk
         if _core.min_max(piece.reshape(-1), walk, part_low, part_high):
@@ -117,6 +119,9 @@ class Statistic(ABC):
     def add(self, rows: NDArray[Any], finite: NDArray[np.bool_] | None) -> None:
         """Take float values (channels, n); `finite`, of the same shape, tells which count (None: all)."""
         raise AssertionError(f"{type(self).__name__} reads no values")
+
+    def finish(self) -> None:  # noqa: B027 (most have nothing to do)
+        """Conclude a batch, all of whose values have been added."""
 
     @abstractmethod
     def merge(self, other: Any) -> None:
@@ -204,7 +209,11 @@ class Histogram(Statistic):
 
 
 class Moments(Statistic):
-    """Count, mean and sum of squared deviations, combined as Chan, Golub and LeVeque (1983) do."""
+    """Count, mean and sum of squared deviations, combined as Chan, Golub and LeVeque (1983) do.
+
+    Those of a batch come together by themselves and are then combined with the rest in one step, as merging does: so a
+    batch observed here, or observed elsewhere and merged, gives the same bits.
+    """
 
     fields = ("numbers", "mean", "squares")
 
@@ -212,12 +221,15 @@ class Moments(Statistic):
         self.numbers = np.zeros(channels, np.int64)
         self.mean = np.zeros(channels)
         self.squares = np.zeros(channels)
+        self._batch: Moments | None = None
 
     def start(self, low: F64, high: F64) -> None:
-        """Nothing to prepare."""
+        """Begin the batch's own."""
+        self._batch = Moments(len(low))
 
     def add(self, rows: NDArray[Any], finite: NDArray[np.bool_] | None) -> None:
-        """Combine with the moments of these values."""
+        """Combine the batch's with those of these values."""
+        assert self._batch is not None
         values = rows.astype(np.float64)
         with np.errstate(over="ignore", invalid="ignore"):  # near the end of float64: the rule falls back to the ends
             if finite is None:
@@ -228,7 +240,13 @@ class Moments(Statistic):
                 number = np.count_nonzero(finite, axis=1).astype(np.int64)
                 mean = values.sum(axis=1, where=finite) / np.maximum(number, 1)
                 values = np.where(finite, values - mean[:, None], 0.0)
-            self._combine(number, mean, np.square(values, out=values).sum(axis=1))
+            self._batch._combine(number, mean, np.square(values, out=values).sum(axis=1))
+
+    def finish(self) -> None:
+        """Combine with the batch's."""
+        assert self._batch is not None
+        self.merge(self._batch)
+        self._batch = None
 
     def _combine(self, number: I64, mean: F64, squares: F64) -> None:
         total = np.maximum(self.numbers + number, 1)
@@ -251,7 +269,8 @@ class Averages(Statistic):
     """The ends of the first batch, then moved by a constant fraction towards each batch's (Jacob et al., 2018).
 
     The first batch's ends and the number of batches are kept too, so that merging can do what going on would have done:
-    with d = (1 - c)**batches of the other, ``m = theirs + d * (mine - their first)``.
+    with d = (1 - c)**batches of the other, ``m = theirs + d * (mine - their first)``. One batch is taken as observing
+    it takes it, to the same bits.
     """
 
     fields = ("batches", "first_low", "first_high", "average_low", "average_high")
@@ -288,5 +307,10 @@ class Averages(Statistic):
             first, their_first = getattr(self, f"first_{name}"), getattr(other, f"first_{name}")
             average, their_average = getattr(self, f"average_{name}"), getattr(other, f"average_{name}")
             first[new], average[new] = their_first[new], their_average[new]
-            average[both] = their_average[both] + decay * (average[both] - their_first[both])
+            mine_, theirs_ = average[both], their_average[both]
+            average[both] = np.where(
+                other.batches[both] == 1,
+                mine_ + self.constant * (theirs_ - mine_),
+                theirs_ + decay * (mine_ - their_first[both]),
+            )
         self.batches += other.batches

@@ -1,4 +1,4 @@
-"""The whole C surface, as csrc/qn_gemm.h and csrc/qn_limits.h declare it."""
+"""The whole C surface, as the headers in csrc/ declare it."""
 
 from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint64_t
 
@@ -72,6 +72,7 @@ cdef extern from "qn_gemm.h" nogil:
         float *scale
         int32_t *zero
         int32_t *sum
+        int64_t sum_row, sum_group
 
     ctypedef struct qn_kernel:
         const char *name
@@ -112,6 +113,11 @@ cdef extern from "qn_gemm.h" nogil:
     int64_t qn_scratch_bytes(const qn_kernel *kernel, const qn_call *c, int threads) noexcept
     void qn_linear(const qn_kernel *kernel, const qn_call *c, uint8_t *scratch, int threads, qn_share share) noexcept
     float qn_activate(float x, qn_activation activation) noexcept
+
+
+cdef extern from "qn_float_mode.h" nogil:
+    uint64_t qn_enter_default_mode() noexcept
+    void qn_leave_default_mode(uint64_t before) noexcept
 
 
 cdef extern from "qn_scratch.h" nogil:

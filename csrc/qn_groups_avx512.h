@@ -1,0 +1,87 @@
+/* SPDX-License-Identifier: BSD-3-Clause
+ *
+ * Weights with groups on AVX-512 VNNI: see `unpack_groups` and `tile_groups` in qn_gemm.h. Included by qn_gemm_vnni.c.
+ */
+
+static void unpack_groups(const qn_weights *w, const uint8_t *panel, int64_t first, int64_t groups, uint8_t *codes,
+                          int64_t step, uint8_t *terms, int64_t term_step) {
+    const __m512i low_nibble = _mm512_set1_epi8(15), low_half = _mm512_set1_epi32(0xFFFF);
+    int int4 = w->format == QN_INT4;
+    const uint8_t *b = panel + w->codes_at + first * w->group_k * QN_NR / (int4 ? 2 : 1);
+    for (int64_t g = first; g < first + groups; g++, terms += term_step) {
+        for (int64_t k = 0; k < w->group_k; k += 2 * QN_KR, b += int4 ? 64 : 128, codes += 2 * step) {
+            __m512i even = _mm512_loadu_si512(b), odd;
+            if (int4) {
+                odd = _mm512_and_si512(_mm512_srli_epi16(even, 4), low_nibble);
+                even = _mm512_and_si512(even, low_nibble);
+            } else {
+                odd = _mm512_loadu_si512(b + 64);
+            }
+            _mm512_store_si512(codes, even);
+            _mm512_store_si512(codes + step, odd);
+        }
+        __m512i sum = _mm512_loadu_si512(panel + w->sum_at + g * QN_NR * 4), zero = _mm512_setzero_si512();
+        if (w->asymmetric) zero = _mm512_loadu_si512(panel + w->zero_at + g * QN_NR * 4);
+        sum = _mm512_and_si512(_mm512_sub_epi32(_mm512_setzero_si512(), sum), low_half);
+        zero = _mm512_slli_epi32(_mm512_sub_epi32(_mm512_setzero_si512(), zero), 16);
+        _mm512_store_si512(terms, _mm512_loadu_si512(panel + w->scale_at + g * QN_NR * 4));
+        _mm512_store_si512(terms + 64, _mm512_or_si512(sum, zero));
+    }
+}
+
+/* sum[r][p] += products of STEPS k-steps of R rows and P panels' unpacked codes. */
+QN_INLINE void multiply_steps(const int STEPS, const int R, const int P, VU sum[][COLUMN_VECTORS], const row_pointers *rows,
+                              const uint8_t *codes) {
+#pragma GCC unroll 8
+    for (int s = 0; s < STEPS; s++) {
+        __m512i w[QN_TILE_PANELS];
+#pragma GCC unroll 3
+        for (int p = 0; p < P; p++) w[p] = _mm512_load_si512(codes + (s * P + p) * 64);
+        multiply_step(R, P, sum, rows, s * QN_KR, w);
+    }
+}
+
+/* R rows by P panels. A group's float operations take as long as a fifth of its products; written out, since gcc makes
+ * copies of registers and spills otherwise. Totals stay in memory, which costs nothing here: loads and stores are done by units
+ * that have little else to do. */
+QN_INLINE void tile_groups_fixed(const int R, const int P, const qn_group_tile *t) {
+    VU sum[QN_TILE_ROWS][COLUMN_VECTORS];
+    row_pointers rows = pointers_of_rows(t->a, t->a_stride);
+    const uint8_t *codes = t->codes, *terms = t->terms;
+    const int32_t *pairs = t->pairs;
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 3
+        for (int p = 0; p < P; p++) sum[r][p] = vu_splat(0);
+    for (int64_t g = t->groups; g > 0; g--, terms += P * QN_TERM_BYTES, pairs += t->pairs_stride) {
+        int64_t k = t->group_k;
+        for (; k >= 32; k -= 32, codes += 8 * P * 64, rows.a[0] += 32, rows.a[1] += 32)
+            multiply_steps(8, R, P, sum, &rows, codes);
+        for (; k > 0; k -= 8, codes += 2 * P * 64, rows.a[0] += 8, rows.a[1] += 8)
+            multiply_steps(2, R, P, sum, &rows, codes);
+#pragma GCC unroll 3
+        for (int p = 0; p < P; p++) {
+            VF scale = vf_load((const float *)(const void *)(terms + p * QN_TERM_BYTES)), factor;
+            __m512i less = _mm512_load_si512(terms + p * QN_TERM_BYTES + 64);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++) {
+                float(*total)[QN_NR] = (float(*)[QN_NR])(t->sum + r * QN_TILE_COLS + p * QN_NR);
+                __asm__("vpdpwssd %[pair]%{1to16%}, %[less], %[sum]\n\t" /* less both corrections */
+                        "vmulps %[row]%{1to16%}, %[scale], %[factor]\n\t"
+                        "vcvtdq2ps %[sum], %[sum]\n\t"
+                        "vmulps %[factor], %[sum], %[sum]\n\t"
+                        "vaddps %[total], %[sum], %[sum]\n\t"
+                        "vmovups %[sum], %[total]\n\t"
+                        "vpxord %[sum], %[sum], %[sum]"
+                        : [sum] "+v"(sum[r][p]), [total] "+m"(*total), [factor] "=&v"(factor)
+                        : [less] "v"(less), [scale] "v"(scale), [pair] "m"(pairs[r]), [row] "m"(t->row_scale[r]));
+            }
+        }
+    }
+}
+
+static void tile_groups(const qn_group_tile *t) {
+#define CASE(R, P) case SIZE(R, P): tile_groups_fixed(R, P, t); break;
+    switch (SIZE(t->rows, t->panels)) { TILE_SIZES(CASE) }
+#undef CASE
+}

@@ -1,0 +1,140 @@
+"""Interruptions, servers that fork, and the free-threaded interpreter.
+
+The pool itself is test_threads.py's, soaking soak.py's.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import qnative as qn
+
+SECONDS_UNTIL_HUNG = 120
+
+
+def python(code: str, *options: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *options, "-c", textwrap.dedent(code)],
+        capture_output=True, text=True, timeout=SECONDS_UNTIL_HUNG, env=os.environ | environment,
+    )  # fmt: skip
+    assert done.returncode == 0, f"ended with {done.returncode}\n{done.stdout}{done.stderr}"
+    return done.stdout.strip()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT to itself")
+def test_ctrl_c_between_and_during_calls() -> None:
+    """KeyboardInterrupt comes through at the end of the call that it hits, and everything works as before."""
+    assert (
+        python("""
+    import os, signal, threading, time
+    import numpy as np, qnative as qn
+    w = np.random.default_rng(0).standard_normal((256, 512)).astype(np.float32)
+    layer, x = qn.QuantizedLinear.from_float(w), w[:64]
+    expected, hits = layer(x).tobytes(), 0
+    def shoot():
+        for _ in range(20):
+            time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGINT)
+    shooter = threading.Thread(target=shoot)
+    shooter.start()
+    while shooter.is_alive():
+        try:
+            while shooter.is_alive():
+                assert layer(x).tobytes() == expected
+                qn.quantize_tensor(w, qn.QuantConfig.int4_per_group(32))
+        except KeyboardInterrupt:
+            hits += 1
+    try:
+        shooter.join()
+    except KeyboardInterrupt:
+        hits += 1
+    assert layer(x).tobytes() == expected
+    print(hits > 0)
+    """)
+        == "True"
+    )
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_server_that_loads_first_and_forks_then(tmp_path: Path) -> None:
+    """As gunicorn --preload does: the model is mapped and used in the parent, then in many children and threads."""
+    assert (
+        python(f"""
+    import os, sys, threading, warnings
+    warnings.simplefilter("ignore")
+    import numpy as np, qnative as qn
+    rng = np.random.default_rng(0)
+    path = {str(tmp_path / "m.safetensors")!r}
+    qn.quantize_model({{"a.weight": rng.standard_normal((300, 256)).astype(np.float32)}}).save(path)
+    qn.set_num_threads(3)
+    model = qn.QuantizedModel.load(path, mmap=True)
+    x = rng.standard_normal((40, 256)).astype(np.float32)
+    expected = model["a"](x).tobytes()
+    def serve():
+        wrong = []
+        def one():
+            for _ in range(20):
+                if model["a"](x).tobytes() != expected: wrong.append(1)
+        threads = [threading.Thread(target=one) for _ in range(5)]
+        for thread in threads: thread.start()
+        for thread in threads: thread.join()
+        return wrong
+    children = []
+    for _ in range(4):
+        child = os.fork()
+        if child == 0:
+            os._exit(len(serve()))
+        children.append(child)
+    assert not serve()
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0, 0]
+    print("served")
+    """)
+        == "served"
+    )
+
+
+def test_layers_of_many_threads_while_others_are_packed_and_dropped() -> None:
+    rng = np.random.default_rng(0)
+    w = [rng.standard_normal((48, 64)).astype(np.float32) for _ in range(8)]
+    x = rng.standard_normal((5, 64)).astype(np.float32)
+    expected = [qn.QuantizedLinear.from_float(each)(x).tobytes() for each in w]
+    layers = [qn.QuantizedLinear.from_float(each) for each in w]
+    wrong: list[int] = []
+
+    def work(me: int) -> None:
+        for i in range(60):
+            at = (me + i) % 8
+            if i % 5 == 0:
+                layers[at] = qn.QuantizedLinear.from_float(w[at])  # the old one goes while others are in it
+            if layers[at](x).tobytes() != expected[at]:
+                wrong.append(at)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(40)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_modules_declare_that_they_need_no_gil() -> None:
+    """Where there is a free-threaded Python, importing qnative must not switch its GIL on."""
+    found = next(filter(None, map(shutil.which, ("python3.14t", "python3.13t"))), None)
+    if not found:
+        setup = (Path(__file__).resolve().parents[1] / "setup.py").read_text(encoding="utf-8")
+        assert '"freethreading_compatible": True' in setup
+        pytest.skip("no free-threaded Python here to try it with")
+    code = "import sys, qnative; print(sys._is_gil_enabled())"
+    done = subprocess.run([found, "-c", code], capture_output=True, text=True)
+    if "No module named" in done.stderr:
+        pytest.skip(f"qnative is not built for {found}")
+    assert done.stdout.strip() == "False", done.stderr

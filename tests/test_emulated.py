@@ -1,0 +1,81 @@
+"""The same bits on other x86 CPUs.
+
+Python and all of qnative under an emulator that has fewer instruction sets than this machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qnative._core import isas
+
+TESTS = Path(__file__).resolve().parent
+EMULATORS = ("qemu-x86_64", "qemu-x86_64-static")
+#: A model of a CPU, and the kernels that it can run.
+CPUS = {"Nehalem": ["scalar"], "Haswell": ["scalar", "avx2"]}
+#: What of the test-suite runs there in reasonable time, emulation being ten to thirty times slower.
+SUITE = ("test_config.py", "test_floats.py", "test_linear.py", "test_tensor.py", "test_layer_paths.py")
+
+
+@pytest.fixture(scope="module")
+def emulator() -> str:
+    found = next(filter(None, map(shutil.which, EMULATORS)), None)
+    if platform.machine() not in ("x86_64", "AMD64") or sys.platform != "linux" or not found:
+        pytest.skip(f"wants Linux on x86-64 and one of {', '.join(EMULATORS)}: make emulate installs it")
+    return found
+
+
+def python(*arguments: str | Path, on: tuple[str, ...] = (), **environment: str) -> str:
+    command = [*on, sys.executable, *map(str, arguments)]
+    here = {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")]), **environment}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=7200, env=os.environ | here)
+    assert done.returncode == 0, f"{command} ended with {done.returncode}\n{done.stdout[-5000:]}{done.stderr[-5000:]}"
+    return done.stdout
+
+
+def digests(rounds: int, *on: str, **environment: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(python(TESTS / "digests.py", "--rounds", str(rounds), on=on, **environment))
+    return found
+
+
+@pytest.fixture(scope="module")
+def native(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return digests(rounds_of(request))
+
+
+def rounds_of(request: pytest.FixtureRequest) -> int:
+    return 40 if request.config.getoption("--slow") else 2
+
+
+@pytest.mark.parametrize("cpu", CPUS)
+def test_same_bits_on_another_cpu(
+    cpu: str, emulator: str, native: dict[str, Any], request: pytest.FixtureRequest
+) -> None:
+    found = digests(rounds_of(request), emulator, "-cpu", cpu)
+    assert found.pop("usable") == CPUS[cpu]
+    assert found.pop("isa") == CPUS[cpu][-1]
+    assert found == {subject: digest for subject, digest in native.items() if subject in found}
+
+
+@pytest.mark.parametrize("isa", [name for name, usable in isas().items() if usable])
+def test_same_bits_with_every_kernel(isa: str, native: dict[str, Any], request: pytest.FixtureRequest) -> None:
+    found = digests(rounds_of(request), QNATIVE_ISA=isa)
+    assert found.pop("isa") == isa
+    assert found == {subject: digest for subject, digest in native.items() if subject in found}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cpu", CPUS)
+@pytest.mark.parametrize("file", SUITE)
+def test_the_suite_passes_on_another_cpu(file: str, cpu: str, emulator: str) -> None:
+    out = python("-m", "pytest", "-q", "-p", "no:cacheprovider", TESTS / file, on=(emulator, "-cpu", cpu), CI="1")
+    assert " passed" in out
