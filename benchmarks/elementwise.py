@@ -40,8 +40,8 @@ class Row:
     Attributes
     ----------
     prepare : callable
-        Of x, float32 of shape (rows, 4096): gives what runs it, what returns its result as (rows, ...) arrays, and what the
-        result for some rows of x must be.
+        Of x, float32 of shape (rows, 4096): gives what runs it, what returns its result as (rows, ...) arrays, and
+        what the result for some rows of x must be.
     read, written : int
         Bits an element, scales left out.
     peers : callable
@@ -333,7 +333,7 @@ def onnxruntime_of(operator: str, back: bool = False) -> Callable[[Array], dict[
 
     def peers(x: Array) -> dict[str, Run]:
         given = qn.quantize(x, SCALE, ZERO) if back else x
-        constants = {"s": np.float32(SCALE), "z": np.int8(ZERO)}
+        constants: dict[str, Array] = {"s": np.asarray(SCALE), "z": np.asarray(ZERO, np.int8)}
         kind: type = np.float32 if back else np.int8
         call = bound_session((operator, ""), ("x", "s", "z"), constants, given, kind, x.shape, 1)
         return {"ONNX Runtime": call.run}
@@ -381,7 +381,7 @@ def from_torch(name: str) -> Callable[[Array], dict[str, Run]]:
 
 
 def torch_quantize(torch: Any, x: Any) -> Run:
-    """Quantize to int8. (PyTorch says that it will not have such tensors for ever.)"""
+    """Quantize to int8; PyTorch says that it will not have such tensors for ever."""
     warnings.filterwarnings("ignore", message=".*quantized tensor creation functions.*")
     return lambda: torch.quantize_per_tensor(x, float(SCALE), ZERO, torch.qint8)
 

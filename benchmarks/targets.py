@@ -186,7 +186,7 @@ def of_package(size: int) -> Iterator[Verdict]:
 
 
 def of_elements(outcomes: Sequence[Outcome], times: Mapping[str, float]) -> Iterator[Verdict]:
-    """S6: 90% of a plain loop that moves the same bytes; ahead of every peer, of some operations by as much as given."""
+    """S6: 90% of a plain loop that moves the same bytes, and the given number of times the best peer's rate."""
     for outcome in outcomes:
         loop, best = outcome.best("read"), outcome.best("dynamic")
         if loop is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 import qnative as qn
 from benchmarks import __main__ as command
-from benchmarks import install, linear, peers, picture, suites, targets
+from benchmarks import elementwise, install, linear, peers, picture, suites, targets
 from qnative import _core, bench
 from qnative.bench import OURS, Case, Contender, Outcome, Problem, Timing, WrongResult
 
@@ -473,6 +474,33 @@ def test_s9_s10() -> None:
     assert verdicts(targets.of_package(1_900_000)) == [("S9", 2.0, 1.9, True)]
     packed = outcome({OURS: 3.9, "P": 1.0, "R": 0.5}, KINDS)
     assert verdicts(targets.of_packing(packed)) == [("S10", 4.0, 3.9, True)]
+
+
+def test_elements_are_held_against_the_best_loop_and_the_best_peer() -> None:
+    kinds = {"slow loop": "read", "loop": "read", "a": "dynamic", "b": "dynamic"}
+    row = outcome({OURS: 2.0, "slow loop": 3.0, "loop": 1.875, "a": 12.0, "b": 11.0}, kinds, shape=None)
+    found = [(v.target, v.wanted, v.seen, v.met) for v in targets.of_elements([row], {row.case.name: 5.0})]
+    assert found == [("S6", 0.9, 0.9375, True), ("S6", 5.0, 5.5, True)]
+    alone = outcome({OURS: 2.0, "loop": 1.75}, kinds, shape=None)
+    (only,) = targets.of_elements([alone], {alone.case.name: 1.0})
+    assert (only.seen, only.met) == (0.875, False)
+    slow, fast = (outcome({OURS: seconds}, {}, operations=1e9, shape=None) for seconds in (1.25, 0.5))
+    assert [(v.seen, v.met) for v in targets.of_counting([slow, fast])] == [(0.8, False), (2.0, True)]
+
+
+@pytest.mark.parametrize("name", [row.name for row in (*elementwise.rows(), *elementwise.histograms())])
+def test_every_row_of_elements_is_checked_before_it_is_timed(name: str) -> None:
+    """Right as it is, and found out when it is not."""
+    (row,) = (row for row in (*elementwise.rows(), *elementwise.histograms()) if row.name == name)
+    elementwise.case(dataclasses.replace(row, peers=()), 1 << 14).check()
+
+    def wrong(x: NDArray[Any]) -> Any:
+        run, result, expected = row.prepare(x)
+        return run, lambda: result() + result().dtype.type(1), expected
+
+    case = elementwise.case(dataclasses.replace(row, prepare=wrong, peers=()), 1 << 14)
+    with pytest.raises(WrongResult, match="differ"):
+        case.check()
 
 
 # The command

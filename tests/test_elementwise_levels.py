@@ -1,4 +1,4 @@
-"""The native loops of elementwise work: the same bits at every instruction level, in every cut into pieces, on threads."""
+"""Native loops over elements: the same bits at every instruction level, in every cut into pieces, on threads."""
 
 from __future__ import annotations
 
@@ -335,7 +335,7 @@ def test_ctrl_c_is_answered_within_a_long_call() -> None:
     finished = 0
     timer = threading.Timer(quarter / 2, _thread.interrupt_main)
     timer.start()
-    with pytest.raises(KeyboardInterrupt):  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt):
         for _ in range(200):
             _core.quantize(x, scale, zero, walk, -128, 127, codes)
             finished += 1

@@ -82,6 +82,8 @@ INPUTS = {
     "swept float32": lambda dtype: (
         (np.arange(1 << 20, dtype=np.uint32) << 12)[:, None] | np.array([0, 1, 0x7FF, 0x800, 0x801, 0xFFF], np.uint32)
     ).view(np.float32),
+    # 2^24 in even steps through all of them, the steps odd, so that the last bits take every value too.
+    "strided float32": lambda dtype: (np.arange(1 << 24, dtype=np.uint32) * np.uint32(257)).view(np.float32),
 }  # fmt: skip
 
 
@@ -106,8 +108,8 @@ def test_decode_every_code(dtype: str) -> None:
 def test_encode_agrees_with_the_oracle(dtype: str, source: str, saturate: bool) -> None:
     x = INPUTS[source](dtype)
     expected = cast(widened(x), dtype, saturate)
-    assert np.unique(expected).size > 100
-    if "swept" not in source:  # the table search is slow
+    assert np.unique(expected[:: len(expected) >> 18 or 1]).size > 100
+    if "swept" not in source and "strided" not in source:  # the table search is slow
         again = ref.encode(widened(x), dtype, saturate)
         if x.dtype == np.float64:  # ml_dtypes rounds float64 twice, through float32
             with np.errstate(all="ignore"):

@@ -91,6 +91,35 @@ def test_read_loops_refuse() -> None:
         _core.run_read_loop(READ[0], x[::2])
 
 
+MOVE = {name: (read, written) for name, (read, written, usable) in _core.move_loops().items() if usable}
+
+
+@pytest.mark.parametrize("at", ["end", "begin"])
+@pytest.mark.parametrize("name", MOVE)
+def test_move_loops_read_everything_and_write_everything(name: str, at: str, guarded: Guarded) -> None:
+    read, written = MOVE[name]
+    size = int(name.split("_")[1]) // 8
+    for pieces in (0, 1, 3, 40):
+        source = guarded((256 * pieces,), np.uint8, at)
+        target = guarded((256 * pieces * written // read,), np.uint8, at)
+        source[:] = np.random.default_rng(pieces).integers(0, 256, source.size, np.uint8)
+        _core.run_move_loop(name, source, target)
+        vectors = np.bitwise_xor.reduce(source.reshape(-1, read, size), axis=1)
+        assert np.array_equal(target, np.repeat(vectors[:, None], written, axis=1).reshape(-1))
+
+
+def test_move_loops_refuse() -> None:
+    x = np.zeros(512, np.uint8)
+    for name in ("", "move", "read_128_1"):
+        with pytest.raises(ValueError, match=r"not a loop that this CPU can run; those are .*move_128_4_1"):
+            _core.run_move_loop(name, x, x)
+    with pytest.raises(ValueError, match="source has 511 bytes"):
+        _core.run_move_loop("move_128_1_1", x[1:], x[1:])
+    with pytest.raises(ValueError, match="target has 512 bytes; move_128_4_1 writes 128"):
+        _core.run_move_loop("move_128_4_1", x, x.copy())
+    assert all((read, written) in {(4, 1), (2, 1), (1, 1), (1, 2), (1, 4)} for read, written in MOVE.values())
+
+
 @given(st.integers(0, 200), st.integers(0, 1 << 32))
 def test_read_float32_is_the_largest_magnitude(n: int, seed: int) -> None:
     x = np.random.default_rng(seed).standard_normal(n).astype(np.float32)

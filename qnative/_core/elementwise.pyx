@@ -22,7 +22,7 @@ from qnative._core.levels cimport (
     AVX2, AVX512, BASELINE, at_avx2, at_avx512, at_baseline, chosen_level, inlined, own_bytes, own_floats, own_lanes,
 )
 from qnative._core.pieces cimport PIECE, in_pieces, qn_atomic, qn_atomic_add, qn_atomic_get
-from qnative._core.walk cimport Walk, check_sizes, new_walk, next_run, part
+from qnative._core.walk cimport Walk, by_columns, check_sizes, new_walk, next_run, part, rows_share
 
 ctypedef fused real:
     float
@@ -31,6 +31,7 @@ ctypedef fused real:
 cdef enum:
     WIDE = 64    # a vector of codes, at least
     NARROW = 32  # a small group, and half such a vector
+    TILE = 1024  # columns whose scales, reciprocals and zero points stay in the L1 cache
     PICOSECONDS = 300  # an element takes, roughly
 
 
@@ -131,7 +132,7 @@ cdef inlined to_codes8(
             memcpy(&bits, &v, 4)
             bits |= sign & 0x80000000u
             memcpy(&v, &bits, 4)
-        encode_float(v, e, False, False, False, &bits)
+        encode_float(v, e, False, False, False, by_multiplying, &bits)
         out[i] = <uint8_t>bits
     if not narrow:
         top[0] = largest if largest > top[0] else top[0]
@@ -183,27 +184,30 @@ cdef inlined encode_run(
     cdef float reciprocals[NARROW]
     cdef int32_t zeros[NARROW]
     cdef uint8_t codes[NARROW]
+    cdef const float *x_at
+    cdef uint8_t *out_at
     if i:
         encode_some(x, out, i, s, r, z, t, is8, by_multiplying, each, False, top)
-    if i + NARROW <= n:
-        encode_some(x + i, out + i, NARROW, s + j, r + j, z + j, t, is8, by_multiplying, each, True, top)
+    while i < n:
+        rest = n - i
+        x_at, out_at = x + i, out + i
+        if rest < NARROW:
+            memset(values, 0, sizeof(values))
+            memcpy(values, x_at, rest * 4)
+            x_at, out_at = values, codes
+            if each:
+                memset(scales, 0, sizeof(scales))
+                memset(reciprocals, 0, sizeof(reciprocals))
+                memset(zeros, 0, sizeof(zeros))
+                memcpy(scales, s + i, rest * 4)
+                memcpy(reciprocals, r + i, rest * 4)
+                memcpy(zeros, z + i, rest * 4)
+                s, r, z, j = scales, reciprocals, zeros, 0
+        encode_some(x_at, out_at, NARROW, s + j, r + j, z + j, t, is8, by_multiplying, each, True, top)
+        if rest < NARROW:
+            memcpy(out + i, codes, rest)
         i += NARROW
         j = i if each else 0
-    rest = n - i
-    if rest:
-        memset(values, 0, sizeof(values))
-        memcpy(values, x + i, rest * 4)
-        if each:
-            memset(scales, 0, sizeof(scales))
-            memset(reciprocals, 0, sizeof(reciprocals))
-            memset(zeros, 0, sizeof(zeros))
-            memcpy(scales, s + j, rest * 4)
-            memcpy(reciprocals, r + j, rest * 4)
-            memcpy(zeros, z + j, rest * 4)
-            encode_some(values, codes, NARROW, scales, reciprocals, zeros, t, is8, by_multiplying, True, True, top)
-        else:
-            encode_some(values, codes, NARROW, s, r, z, t, is8, by_multiplying, False, True, top)
-        memcpy(out + i, codes, rest)
 
 
 cdef inlined decode_some(
@@ -223,32 +227,34 @@ cdef inlined decode_run(
     cdef float scales[NARROW]
     cdef int32_t zeros[NARROW]
     cdef uint8_t some[NARROW]
+    cdef const uint8_t *codes_at
+    cdef float *out_at
     if i:
         decode_some(codes, out, i, s, z, t, is8, each)
-    if i + NARROW <= n:
-        decode_some(codes + i, out + i, NARROW, s + j, z + j, t, is8, each)
+    while i < n:
+        rest = n - i
+        codes_at, out_at = codes + i, out + i
+        if rest < NARROW:
+            memset(some, 0, sizeof(some))
+            memcpy(some, codes_at, rest)
+            codes_at, out_at = some, values
+            if each:
+                memset(scales, 0, sizeof(scales))
+                memset(zeros, 0, sizeof(zeros))
+                memcpy(scales, s + i, rest * 4)
+                memcpy(zeros, z + i, rest * 4)
+                s, z, j = scales, zeros, 0
+        decode_some(codes_at, out_at, NARROW, s + j, z + j, t, is8, each)
+        if rest < NARROW:
+            memcpy(out + i, values, rest * 4)
         i += NARROW
         j = i if each else 0
-    rest = n - i
-    if rest:
-        memset(some, 0, sizeof(some))
-        memcpy(some, codes + i, rest)
-        if each:
-            memset(scales, 0, sizeof(scales))
-            memset(zeros, 0, sizeof(zeros))
-            memcpy(scales, s + j, rest * 4)
-            memcpy(zeros, z + j, rest * 4)
-            decode_some(some, values, NARROW, scales, zeros, t, is8, True)
-        else:
-            decode_some(some, values, NARROW, s, z, t, is8, False)
-        memcpy(out + i, values, rest * 4)
 
 
 # Passes: the walk over the runs
 
-cdef inlined quantize_pass(Task *t, Py_ssize_t begin, Py_ssize_t end, bint is8, bint fused) noexcept nogil:
+cdef inlined quantize_pass(Task *t, Walk w, bint is8, bint fused) noexcept nogil:
     """`fused`: whether there are fused multiply-adds."""
-    cdef Walk w = part(&t.walk, begin, end)
     cdef const float *s
     cdef const float *r
     cdef const int32_t *z
@@ -274,8 +280,7 @@ cdef inlined quantize_pass(Task *t, Py_ssize_t begin, Py_ssize_t end, bint is8, 
         qn_atomic_add(&t.nonfinite, 1)
 
 
-cdef inlined dequantize_pass(Task *t, Py_ssize_t begin, Py_ssize_t end, bint is8) noexcept nogil:
-    cdef Walk w = part(&t.walk, begin, end)
+cdef inlined dequantize_pass(Task *t, Walk w, bint is8) noexcept nogil:
     while next_run(&w):
         if w.step:
             decode_run(
@@ -287,27 +292,27 @@ cdef inlined dequantize_pass(Task *t, Py_ssize_t begin, Py_ssize_t end, bint is8
             )
 
 
-cdef inlined work(Task *t, Py_ssize_t begin, Py_ssize_t end, bint fused) noexcept nogil:
+cdef inlined work(Task *t, Walk w, bint fused) noexcept nogil:
     if t.which == QUANTIZE:
-        quantize_pass(t, begin, end, False, fused)
+        quantize_pass(t, w, False, fused)
     elif t.which == QUANTIZE8:
-        quantize_pass(t, begin, end, True, fused)
+        quantize_pass(t, w, True, fused)
     elif t.which == DEQUANTIZE:
-        dequantize_pass(t, begin, end, False)
+        dequantize_pass(t, w, False)
     else:
-        dequantize_pass(t, begin, end, True)
+        dequantize_pass(t, w, True)
 
 
-cdef at_baseline work_baseline(Task *t, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
-    work(t, begin, end, False)
+cdef at_baseline work_baseline(Task *t, Walk w) noexcept nogil:
+    work(t, w, False)
 
 
-cdef at_avx2 work_avx2(Task *t, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
-    work(t, begin, end, True)
+cdef at_avx2 work_avx2(Task *t, Walk w) noexcept nogil:
+    work(t, w, True)
 
 
-cdef at_avx512 work_avx512(Task *t, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
-    work(t, begin, end, True)
+cdef at_avx512 work_avx512(Task *t, Walk w) noexcept nogil:
+    work(t, w, True)
 
 
 cdef void work_wide(Task *t, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
@@ -327,7 +332,7 @@ cdef void work_wide(Task *t, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
             x = x if x == x else 0
             if t.which == QUANTIZE8:
                 to_odd(x, &quotient)
-                encode_float(quotient, t.encoder, False, False, False, &code)
+                encode_float(quotient, t.encoder, False, False, False, False, &code)
                 t.codes_out[w.start + i] = <uint8_t>code
             else:
                 lo, hi = <double>(t.low - t.zero[k]), <double>(t.high - t.zero[k])
@@ -345,11 +350,21 @@ cdef void piece(void *task, Py_ssize_t begin, Py_ssize_t end, int thread) noexce
     if t.x_wide is not NULL:
         work_wide(t, begin, end)
     elif level == AVX512:
-        work_avx512(t, begin, end)
+        work_avx512(t, walk_over(&t.walk, begin, end))
     elif level == AVX2:
-        work_avx2(t, begin, end)
+        work_avx2(t, walk_over(&t.walk, begin, end))
     else:
-        work_baseline(t, begin, end)
+        work_baseline(t, walk_over(&t.walk, begin, end))
+
+
+cdef Walk walk_over(const Walk *w, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
+    return by_columns(w, begin, end, TILE) if rows_share(w) else part(w, begin, end)
+
+
+cdef int run_pieces(Task *t) except -1:
+    cdef Py_ssize_t inner = t.walk.inner
+    cdef Py_ssize_t step = max(PIECE // inner, 1) * inner if rows_share(&t.walk) else PIECE  # whole rows
+    return in_pieces(piece, t, t.walk.size, PICOSECONDS, 1 << 10, step)
 
 
 # What Python calls
@@ -377,7 +392,7 @@ cdef bint run_quantize(Task *t, const float[::1] scale) except -1:
         reciprocals = reciprocals_of(scale, t.walk.size)
     t.reciprocal = reciprocals
     try:
-        in_pieces(piece, t, t.walk.size, PICOSECONDS)
+        run_pieces(t)
     finally:
         PyMem_RawFree(reciprocals)
     return qn_atomic_get(&t.nonfinite) != 0
@@ -442,7 +457,7 @@ def dequantize(
     if t.walk.size:
         t.which, t.codes, t.flip, t.scale, t.zero = DEQUANTIZE, &codes[0], 0x80 if is_signed else 0, &scale[0], &zero[0]
         t.out = &out[0]
-        in_pieces(piece, &t, t.walk.size, PICOSECONDS)
+        run_pieces(&t)
 
 
 def dequantize_float8(
@@ -460,7 +475,7 @@ def dequantize_float8(
     if t.walk.size:
         t.which, t.codes, t.scale, t.zero = DEQUANTIZE8, &codes[0], &scale[0], <const int32_t *>&scale[0]
         t.decoder, t.out = decoder_of(f), &out[0]
-        in_pieces(piece, &t, t.walk.size, PICOSECONDS)
+        run_pieces(&t)
 
 
 # int4: two codes a byte, the first in the low nibble; each row padded to whole 32-bit words (8 codes)

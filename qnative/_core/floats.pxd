@@ -41,9 +41,13 @@ cdef struct Decoder:
 
 
 cdef inline inlined encode_float(
-    float x, Encoder e, bint unsigned_zero, bint nan_payload, bint bfloat, uint32_t *result
+    float x, Encoder e, bint unsigned_zero, bint nan_payload, bint bfloat, bint clean, uint32_t *result
 ) noexcept nogil:
-    """Round to nearest, ties to even; NaN stays NaN. The last three are constants, which the format has."""
+    """Round to nearest, ties to even; NaN stays NaN.
+
+    The format has the constants unsigned_zero, nan_payload and bfloat; with `clean`, a constant too, x is no NaN and rounds
+    to nothing beyond e.most.
+    """
     cdef uint32_t bits, magnitude, exponent, rounded, code, sign, nan = e.nan_code
     cdef float value, big
     memcpy(&bits, &x, 4)
@@ -58,7 +62,7 @@ cdef inline inlined encode_float(
         # magnitude + big, big of the exponent at which the last place is worth what the code's is, rounds to it: what
         # the sum has beyond big is the mantissa, leading one and all, which carries into the exponent by itself.
         # Subnormals are the lowest exponent continued downwards.
-        exponent = magnitude if magnitude < e.most else e.most
+        exponent = magnitude if clean or magnitude < e.most else e.most
         memcpy(&value, &exponent, 4)
         exponent &= 0x7F800000u
         exponent = exponent if exponent > e.least else e.least
@@ -72,7 +76,7 @@ cdef inline inlined encode_float(
         code |= sign
         result[0] = nan if magnitude > 0x7F800000u else code
     else:
-        code = nan if magnitude > 0x7F800000u else code
+        code = code if clean or magnitude <= 0x7F800000u else nan
         result[0] = code | sign
 
 

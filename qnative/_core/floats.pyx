@@ -144,7 +144,7 @@ cdef inlined encode_bytes(const real *x, own_bytes out, Py_ssize_t n, Encoder e,
             value = x[i]
         else:
             to_odd(x[i], &value)
-        encode_float(value, e, unsigned_zero, False, False, &code)
+        encode_float(value, e, unsigned_zero, False, False, False, &code)
         out[i] = <uint8_t>code
 
 
@@ -157,7 +157,7 @@ cdef inlined encode_words(const real *x, own_words out, Py_ssize_t n, Encoder e,
             value = x[i]
         else:
             to_odd(x[i], &value)
-        encode_float(value, e, False, not bfloat, bfloat, &code)
+        encode_float(value, e, False, not bfloat, bfloat, False, &code)
         out[i] = <uint16_t>code
 
 

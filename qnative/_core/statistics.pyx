@@ -11,7 +11,7 @@ from libc.string cimport memcpy, memset
 
 from qnative._core.levels cimport AVX2, AVX512, at_avx2, at_avx512, at_baseline, chosen_level, inlined
 from qnative._core.pieces cimport PIECE, PyErr_CheckSignals, in_pieces, pool_limit, qn_atomic, qn_atomic_add, qn_atomic_get
-from qnative._core.walk cimport Walk, new_walk, next_run, part
+from qnative._core.walk cimport Walk, new_walk, next_run, part, rows_share
 
 ctypedef fused real:
     float
@@ -155,7 +155,7 @@ def min_max(const real[::1] x not None, tuple layout, real[::1] low not None, re
         raise ValueError(f"layout of {t.walk.size} elements and {scales} scales, got {x.shape[0]} and {low.shape[0]}")
     if scales == 0:
         return 0
-    t.rows_together = t.walk.per_inner and not t.walk.per_outer and t.walk.blocks == 1
+    t.rows_together = rows_share(&t.walk)
     # Each thread has ends of its own; where they are as many as the data, that would cost more than it brings.
     if t.walk.size > PIECE and scales <= t.walk.size // 64:
         threads = min(pool_limit(), 64)

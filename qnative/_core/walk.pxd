@@ -21,6 +21,7 @@ cdef struct Walk:
     Py_ssize_t size, scales
     # where the next run begins: element, outer index, index along length, index along inner, block; where to stop
     Py_ssize_t at, o, l, i, b, stop
+    Py_ssize_t tile, column  # see `by_columns`; else tile is 0
     # the run at hand
     Py_ssize_t start, count, scale
     Py_ssize_t step  # 0: one scale for the run; 1: a scale each element
@@ -36,7 +37,7 @@ cdef inline Walk new_walk(tuple layout) except *:
     w.blocks = (w.length + w.block - 1) // w.block
     w.size = w.outer * w.length * w.inner
     w.scales = (w.outer if w.per_outer else 1) * w.blocks * (w.inner if w.per_inner else 1)
-    w.at = w.o = w.l = w.i = w.b = w.start = w.count = w.scale = 0
+    w.at = w.o = w.l = w.i = w.b = w.start = w.count = w.scale = w.tile = w.column = 0
     w.stop = w.size
     w.step = 1 if w.per_inner else 0
     return w
@@ -52,9 +53,29 @@ cdef inline Walk part(const Walk *whole, Py_ssize_t begin, Py_ssize_t end) noexc
     return w
 
 
+cdef inline bint rows_share(const Walk *w) noexcept nogil:
+    """Whether every row of `inner` elements has the same scales, one each."""
+    return w.per_inner and not w.per_outer and w.blocks == 1
+
+
+cdef inline Walk by_columns(const Walk *whole, Py_ssize_t begin, Py_ssize_t end, Py_ssize_t tile) noexcept nogil:
+    """The walk over whole rows that share scales, so many columns of all of them first: their scales stay in a cache."""
+    cdef Walk w = whole[0]
+    w.at, w.stop, w.tile, w.column, w.start = begin, end, tile, -tile, end
+    return w
+
+
 cdef inline bint next_run(Walk *w) noexcept nogil:
     """Move to the next run; False when there is none."""
     cdef Py_ssize_t end
+    if w.tile:
+        w.start += w.inner
+        if w.start >= w.stop:
+            w.column += w.tile
+            if w.column >= w.inner:
+                return False
+            w.start, w.scale, w.count = w.at + w.column, w.column, min(w.tile, w.inner - w.column)
+        return True
     if w.at >= w.stop:
         return False
     w.start = w.at
