@@ -127,6 +127,10 @@ typedef struct {
     int64_t pairs_stride;
     const float *row_scale;      /* [rows] */
     float *sum;                  /* [rows][QN_TILE_COLS], added to */
+    /* What will be unpacked next: `ask` bytes a group from `ahead` on, and from `ahead_apart` bytes on for the next panel. */
+    const uint8_t *ahead;
+    int64_t ahead_apart;
+    int32_t ask;
 } qn_group_tile;
 
 /* An instruction set's operations. Tiles are written as [rows][QN_TILE_COLS]. */
