@@ -65,6 +65,10 @@ static inline VU vu_store_codes(uint8_t *p, const VU q[4], int32_t z) {
     return (VU)_mm512_dpbusd_epi32(_mm512_setzero_si512(), codes, _mm512_set1_epi8(1));
 }
 static inline VU vu_load_u8(const uint8_t *p) { return (VU)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)); }
+#define QN_SUMS_OF_8
+static inline void sums_of_8(const uint8_t *p, uint64_t *sums) {
+    _mm512_storeu_si512(sums, _mm512_sad_epu8(_mm512_loadu_si512(p), _mm512_setzero_si512()));
+}
 
 #include "qn_tile.h"
 

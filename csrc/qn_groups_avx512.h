@@ -66,6 +66,7 @@ QN_INLINE void tile_groups_fixed(const int R, const int P, const qn_group_tile *
             multiply_steps(8, R, P, sum, &rows, codes);
         for (; k > 0; k -= 8, codes += 2 * P * 64, rows.a[0] += 8, rows.a[1] += 8)
             multiply_steps(2, R, P, sum, &rows, codes);
+        __asm__("" : "+r"(totals)); /* one register for all of them */
 #pragma GCC unroll 3
         for (int p = 0; p < P; p++) {
             VF scale = vf_load((const float *)(const void *)(terms + p * QN_TERM_BYTES)), factor;

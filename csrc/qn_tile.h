@@ -20,6 +20,7 @@
  *                            their sums, QN_W of them, each of any four codes. The values fit 16 bits
  *   vu_store_bytes(p, q, z, b)   four vectors, each plus z (which gives 0..255), as bytes to which b is added
  *   vu_multiply              the low 32 bits of products
+ *   QN_SUMS_OF_8; sums_of_8(p, s)   defined where codes are bytes and it is quick: 4 * QN_W bytes into sums of 8 of them, uint64
  *   vu_load_u8               bytes, zero-extended
  *   QN_A_BYTES               bytes an activation code takes
  */
@@ -311,10 +312,41 @@ static void quantize_float8(const float *x, int64_t n, float scale, qn_format fo
 
 static int takes_codes(const qn_call *c) { return c->input == QN_INPUT_INT8_CODES || c->input == QN_INPUT_UINT8_CODES; }
 
+#ifdef QN_SUMS_OF_8
+/* Sums of groups of codes, a byte each, that lie one after the other, the last one filled up; `group` is a multiple of 8. */
+static void sum_codes_of_groups(const uint8_t *a, int64_t group, int64_t groups, int32_t *sum, int64_t stride) {
+    uint64_t eights[QN_W / 2];
+    int at = QN_W / 2;
+    for (int64_t g = 0; g < groups; g++, sum += stride) {
+        uint64_t total = 0;
+        for (int64_t i = 0; i < group; i += 8) {
+            if (at == QN_W / 2) {
+                sums_of_8(a, eights); /* rows of codes end at a multiple of 64 bytes */
+                a += QN_W * 4;
+                at = 0;
+            }
+            total += eights[at++];
+        }
+        *sum = (int32_t)total;
+    }
+}
+#endif
+
 static void quantize_row_integer(const qn_call *c, qn_rows *rows, int64_t i, row_params p, const uint8_t *x, uint8_t *a) {
     const qn_weights *w = c->w;
     rows->scale[i] = p.scale;
     rows->zero[i] = p.zero;
+#ifdef QN_SUMS_OF_8
+    if (w->groups > 1 && w->group == w->group_k && !takes_codes(c)) { /* one run of codes, without gaps between groups */
+        if (p.beyond)
+            quantize_floats((const float *)x, w->k, p, 1, a);
+        else
+            quantize_floats((const float *)x, w->k, p, 0, a);
+        memset(a + w->k, 0, (size_t)(w->groups * w->group_k - w->k));
+        sum_codes_of_groups(a, w->group_k, w->groups, rows->sum + i * rows->sum_row, rows->sum_group);
+        return;
+    }
+#endif
     for (int64_t g = 0; g < w->groups; g++) {
         int64_t start = g * w->group, n = w->k - start < w->group ? w->k - start : w->group;
         uint8_t *to = a + g * w->group_k * QN_A_BYTES;

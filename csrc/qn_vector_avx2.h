@@ -79,4 +79,9 @@ static inline VU vu_store_codes(uint8_t *p, const VU q[4], int32_t z) {
     __m256i pairs = _mm256_maddubs_epi16(codes, _mm256_set1_epi8(1));
     return (VU)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 }
+#define QN_SUMS_OF_8
+static inline void sums_of_8(const uint8_t *p, uint64_t *sums) {
+    __m256i bytes = _mm256_loadu_si256((const __m256i *)p);
+    _mm256_storeu_si256((__m256i *)sums, _mm256_sad_epu8(bytes, _mm256_setzero_si256()));
+}
 #endif
