@@ -72,7 +72,7 @@ static void groups_of_panels(const qn_kernel *kernel, const qn_call *c, const qn
                 for (int i = 0; i < count * QN_TILE_COLS; i++) sum[i] = -0.0f; /* -0 + x is x, for every x */
             qn_group_tile tile = {
                 .rows = count, .panels = panels, .groups = groups, .group_k = w->group_k,
-                .a = rows->a + row * rows->a_stride + g * w->group_k, .a_stride = rows->a_stride, .codes = codes, .terms = terms,
+                .a = rows->a + row * rows->a_stride + g * w->group_k * kernel->a_bytes, .a_stride = rows->a_stride, .codes = codes, .terms = terms,
                 .pairs = rows->sum + row * rows->sum_row + g * rows->sum_group, .pairs_stride = rows->sum_group,
                 .row_scale = rows->scale + row, .sum = sum,
                 .ahead = ahead ? ahead + t * share : 0, .ahead_apart = w->panel_bytes, .ask = ahead ? (int32_t)qn_round_up(share / groups, 64) : 0,

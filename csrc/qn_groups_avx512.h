@@ -1,33 +1,7 @@
 /* SPDX-License-Identifier: BSD-3-Clause
  *
- * Weights with groups on AVX-512 VNNI: see `unpack_groups` and `tile_groups` in qn_gemm.h. Included by qn_gemm_vnni.c.
+ * Weights with groups on AVX-512 VNNI: see `tile_groups` in qn_gemm.h. Included by qn_gemm_vnni.c.
  */
-
-static void unpack_groups(const qn_weights *w, const uint8_t *panel, int64_t first, int64_t groups, uint8_t *codes,
-                          int64_t step, uint8_t *terms, int64_t term_step) {
-    const __m512i low_nibble = _mm512_set1_epi8(15), low_half = _mm512_set1_epi32(0xFFFF);
-    int int4 = w->format == QN_INT4;
-    const uint8_t *b = panel + w->codes_at + first * w->group_k * QN_NR / (int4 ? 2 : 1);
-    for (int64_t g = first; g < first + groups; g++, terms += term_step) {
-        for (int64_t k = 0; k < w->group_k; k += 2 * QN_KR, b += int4 ? 64 : 128, codes += 2 * step) {
-            __m512i even = _mm512_loadu_si512(b), odd;
-            if (int4) {
-                odd = _mm512_and_si512(_mm512_srli_epi16(even, 4), low_nibble);
-                even = _mm512_and_si512(even, low_nibble);
-            } else {
-                odd = _mm512_loadu_si512(b + 64);
-            }
-            _mm512_store_si512(codes, even);
-            _mm512_store_si512(codes + step, odd);
-        }
-        __m512i sum = _mm512_loadu_si512(panel + w->sum_at + g * QN_NR * 4), zero = _mm512_setzero_si512();
-        if (w->asymmetric) zero = _mm512_loadu_si512(panel + w->zero_at + g * QN_NR * 4);
-        sum = _mm512_and_si512(_mm512_sub_epi32(_mm512_setzero_si512(), sum), low_half);
-        zero = _mm512_slli_epi32(_mm512_sub_epi32(_mm512_setzero_si512(), zero), 16);
-        _mm512_store_si512(terms, _mm512_loadu_si512(panel + w->scale_at + g * QN_NR * 4));
-        _mm512_store_si512(terms + 64, _mm512_or_si512(sum, zero));
-    }
-}
 
 /* sum[r][p] += products of STEPS k-steps of R rows and P panels' unpacked codes. */
 QN_INLINE void multiply_steps(const int STEPS, const int R, const int P, VU sum[][COLUMN_VECTORS], const row_pointers *rows,
