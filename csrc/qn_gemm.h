@@ -177,6 +177,8 @@ typedef struct {
     void (*unpack_groups)(const qn_weights *w, const uint8_t *panel, int64_t first, int64_t groups, uint8_t *codes, int64_t step,
                           uint8_t *terms, int64_t term_step);
     void (*tile_groups)(const qn_group_tile *t);
+    /* The whole way of one row by panels [first, last) of compact weights. May be NULL. */
+    void (*row_groups)(const qn_call *c, const qn_rows *rows, int64_t row, int64_t first, int64_t last);
     /* acc = fma(a[k], b[k], acc), k ascending; b is [k][panels * 16] decoded weights. */
     void (*tile_float)(int rows, int panels, int64_t k, const uint8_t *a, int64_t a_stride, const float *b, float *acc);
     /* Decode k weights of one panel and group, from k0 on, into out[k][stride]; times their scale if `scaled`. */

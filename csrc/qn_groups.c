@@ -87,6 +87,10 @@ static void groups_of_panels(const qn_kernel *kernel, const qn_call *c, const qn
 
 void qn_groups_block(const qn_kernel *kernel, const qn_call *c, const qn_rows *rows, int64_t first, int64_t last,
                      uint8_t *scratch) {
+    if (rows->count == 1 && kernel->row_groups && c->w->compact) {
+        kernel->row_groups(c, rows, 0, first, last);
+        return;
+    }
     partition tiles = cut_evenly(last - first, (last - first + kernel->group_panels - 1) / kernel->group_panels);
     for (int64_t t = 0, panel = first; t < tiles.parts; panel += part_size(&tiles, t++))
         groups_of_panels(kernel, c, rows, panel, (int)part_size(&tiles, t), last, scratch);

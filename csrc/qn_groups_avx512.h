@@ -62,6 +62,44 @@ QN_INLINE void tile_groups_fixed(const int R, const int P, const qn_group_tile *
     }
 }
 
+/* One row by one panel, codes unpacked in registers: a matter of reading the panel. Where sums of codes are not stored they are
+ * found beside the product. */
+QN_INLINE VF row_of_groups(const qn_call *c, const qn_rows *rows, int64_t row, const uint8_t *panel, const uint8_t *ahead) {
+    const qn_weights *w = c->w;
+    const uint8_t *a = rows->a + row * rows->a_stride, *b = panel + w->codes_at;
+    const __m512i low_nibble = _mm512_set1_epi8(15), ones = _mm512_set1_epi8(1), low_half = _mm512_set1_epi32(0xFFFF);
+    const int32_t *pairs = rows->sum + row * rows->sum_row;
+    VF total = vf_splat(-0.0f), row_scale = vf_splat(rows->scale[row]);
+    for (int64_t g = 0; g < w->groups; g++, pairs += rows->sum_group) {
+        VU even_sum = vu_splat(0), odd_sum = vu_splat(0), code_sum = vu_splat(0);
+        for (const uint8_t *end = a + w->group_k; a < end; a += 8, b += 64, ahead += 64) {
+            _mm_prefetch((const char *)ahead, _MM_HINT_T0);
+            __m512i even = _mm512_loadu_si512(b), odd = _mm512_and_si512(_mm512_srli_epi16(even, 4), low_nibble);
+            even = _mm512_and_si512(even, low_nibble);
+            add_products(&even_sum, broadcast_step(a), even);
+            add_products(&odd_sum, broadcast_step(a + 4), odd);
+            add_products(&code_sum, _mm512_add_epi8(even, odd), ones);
+        }
+        VU zero = compact_zero(w, panel, 0, g);
+        __m512i pair = _mm512_or_si512(_mm512_and_si512((__m512i)code_sum, low_half), _mm512_slli_epi32((__m512i)zero, 16));
+        __m512i less = _mm512_madd_epi16(pair, _mm512_set1_epi32(*pairs));
+        VF value = _mm512_cvtepi32_ps(_mm512_sub_epi32((__m512i)(even_sum + odd_sum), less));
+        total = total + value * (row_scale * compact_scale(w, panel, 0, g));
+    }
+    return total;
+}
+
+/* Panels [first, last) for one row. */
+static void row_groups(const qn_call *c, const qn_rows *rows, int64_t row, int64_t first, int64_t last) {
+    const qn_weights *w = c->w;
+    for (int64_t p = first; p < last; p++) {
+        float sum[QN_NR];
+        const uint8_t *panel = w->data + p * w->panel_bytes;
+        vf_store(sum, row_of_groups(c, rows, row, panel, panel + w->codes_at + 1024));
+        epilogue(c, rows, row, 1, p, 1, w->groups - 1, 0, 0, sum);
+    }
+}
+
 static void tile_groups(const qn_group_tile *t) {
 #define CASE(R, P) case SIZE(R, P): tile_groups_fixed(R, P, t); break;
     switch (SIZE(t->rows, t->panels)) { TILE_SIZES(CASE) }
