@@ -134,7 +134,8 @@ typedef struct {
     const int32_t *pairs;        /* [groups][pairs_stride], of which a group's first are the rows' */
     int64_t pairs_stride;
     const float *row_scale;      /* [rows] */
-    float *sum;                  /* [rows][QN_TILE_COLS], added to */
+    const float *before;         /* [rows][QN_TILE_COLS], what the products are added to, to give */
+    float *sum;                  /* [rows][QN_TILE_COLS]; `before` itself but for the first groups */
     /* What will be unpacked next: `ask` bytes a group from `ahead` on, and from `ahead_apart` bytes on for the next panel. */
     const uint8_t *ahead;
     int64_t ahead_apart;
@@ -171,7 +172,7 @@ typedef struct {
      * groups) of a panel: a k-step of codes is 64 bytes, as int8's, and the next is `step` bytes on; int4's are 0..15. A group's
      * terms are its scales, float [16], and pairs of int16 [16]: minus the sum of codes, and times 2^16 minus the zero point.
      * The rows' pairs are a row's zero point and, times 2^16, its sum of codes less the zero points: one multiply-add of pairs
-     * takes both corrections off. `tile_groups` adds the groups' products in ascending order to t->sum, rows up to group_rows by
+     * takes both corrections off. `tile_groups` adds the groups' products in ascending order, rows up to group_rows by
      * panels up to group_panels. May be NULL. */
     int32_t group_rows, group_panels;
     void (*unpack_groups)(const qn_weights *w, const uint8_t *panel, int64_t first, int64_t groups, uint8_t *codes, int64_t step,

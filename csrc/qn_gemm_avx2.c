@@ -255,7 +255,7 @@ QN_INLINE void tile_groups_fixed(const int R, const qn_group_tile *t) {
             multiply(R, BYTES, t->group_k, a, t->a_stride, codes + 32 * half, part);
 #pragma GCC unroll 6
             for (int r = 0; r < R; r++) sum[r][0] = part[r];
-            finish_group(R, 1, half * QN_W, sum, terms, pairs, t->row_scale, t->sum);
+            finish_group(R, 1, half * QN_W, sum, terms, pairs, t->row_scale, g ? t->sum : t->before, t->sum);
         }
         a += t->group_k * QN_A_BYTES;
         codes += t->group_k * QN_NR;

@@ -150,7 +150,7 @@ QN_INLINE void tile_groups_fixed(const int R, const qn_group_tile *t) {
     for (int64_t g = 0; g < t->groups; g++, a += t->group_k, codes += t->group_k * QN_NR, terms += QN_TERM_BYTES, pairs += t->pairs_stride) {
         VU sum[QN_TILE_ROWS][COLUMN_VECTORS];
         multiply(R, 1, 0, t->group_k, a, t->a_stride, codes, 0, sum);
-        finish_group(R, PANEL_VECTORS, 0, sum, terms, pairs, t->row_scale, t->sum);
+        finish_group(R, PANEL_VECTORS, 0, sum, terms, pairs, t->row_scale, g ? t->sum : t->before, t->sum);
     }
 }
 

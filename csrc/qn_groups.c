@@ -51,6 +51,13 @@ static void ask_for_outputs(const qn_call *c, const qn_rows *rows, int64_t row, 
 #endif
 }
 
+/* Totals of no groups yet: -0 + x is x, for every x. */
+#define EIGHT(X) X, X, X, X, X, X, X, X
+_Alignas(64) static const float nothing[QN_TILE_ROWS * QN_TILE_COLS] = {
+    EIGHT(EIGHT(-0.0f)), EIGHT(EIGHT(-0.0f)), EIGHT(EIGHT(-0.0f)), EIGHT(EIGHT(-0.0f)), EIGHT(EIGHT(-0.0f)), EIGHT(EIGHT(-0.0f)),
+};
+#undef EIGHT
+
 /* Rows of a block by a tile's panels, from `panel` on; `last` is the end of those that this thread does. */
 static void groups_of_panels(const qn_kernel *kernel, const qn_call *c, const qn_rows *rows, int64_t panel, int panels,
                              int64_t last, uint8_t *scratch) {
@@ -68,13 +75,11 @@ static void groups_of_panels(const qn_kernel *kernel, const qn_call *c, const qn
         for (int64_t t = 0, row = 0; t < tiles.parts; row += part_size(&tiles, t++)) {
             int count = (int)part_size(&tiles, t);
             float *sum = sums + row * QN_TILE_COLS;
-            if (g == 0)
-                for (int i = 0; i < count * QN_TILE_COLS; i++) sum[i] = -0.0f; /* -0 + x is x, for every x */
             qn_group_tile tile = {
                 .rows = count, .panels = panels, .groups = groups, .group_k = w->group_k,
                 .a = rows->a + row * rows->a_stride + g * w->group_k * kernel->a_bytes, .a_stride = rows->a_stride, .codes = codes, .terms = terms,
                 .pairs = rows->sum + row * rows->sum_row + g * rows->sum_group, .pairs_stride = rows->sum_group,
-                .row_scale = rows->scale + row, .sum = sum,
+                .row_scale = rows->scale + row, .before = g == 0 ? nothing : sum, .sum = sum,
                 .ahead = ahead ? ahead + t * share : 0, .ahead_apart = w->panel_bytes, .ask = ahead ? (int32_t)qn_round_up(share / groups, 64) : 0,
             };
             int ends = g + groups == w->groups;

@@ -26,6 +26,7 @@ QN_INLINE void tile_groups_fixed(const int R, const int P, const qn_group_tile *
     const float *row_scale = t->row_scale;
     const uint8_t *ahead = t->ahead;
     const int64_t apart = t->ahead_apart, group_k = t->group_k;
+    const float *before = t->before;
     float *totals = t->sum;
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
@@ -40,25 +41,27 @@ QN_INLINE void tile_groups_fixed(const int R, const int P, const qn_group_tile *
             multiply_steps(8, R, P, sum, &rows, codes);
         for (; k > 0; k -= 8, codes += 2 * P * 64, rows.a[0] += 8, rows.a[1] += 8)
             multiply_steps(2, R, P, sum, &rows, codes);
-        __asm__("" : "+r"(totals)); /* one register for all of them */
+        __asm__("" : "+r"(totals), "+r"(before)); /* a register for all of them */
 #pragma GCC unroll 3
         for (int p = 0; p < P; p++) {
             VF scale = vf_load((const float *)(const void *)(terms + p * QN_TERM_BYTES)), factor;
             __m512i less = _mm512_load_si512(terms + p * QN_TERM_BYTES + 64);
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++) {
+                const float(*from)[QN_NR] = (const float(*)[QN_NR])(before + r * QN_TILE_COLS + p * QN_NR);
                 float(*total)[QN_NR] = (float(*)[QN_NR])(totals + r * QN_TILE_COLS + p * QN_NR);
                 __asm__("vpdpwssd %[pair]%{1to16%}, %[less], %[sum]\n\t" /* less both corrections */
                         "vmulps %[row]%{1to16%}, %[scale], %[factor]\n\t"
                         "vcvtdq2ps %[sum], %[sum]\n\t"
                         "vmulps %[factor], %[sum], %[sum]\n\t"
-                        "vaddps %[total], %[sum], %[sum]\n\t"
+                        "vaddps %[from], %[sum], %[sum]\n\t"
                         "vmovups %[sum], %[total]\n\t"
                         "vpxord %[sum], %[sum], %[sum]"
-                        : [sum] "+v"(sum[r][p]), [total] "+m"(*total), [factor] "=&v"(factor)
-                        : [less] "v"(less), [scale] "v"(scale), [pair] "m"(pairs[r]), [row] "m"(row_scale[r]));
+                        : [sum] "+v"(sum[r][p]), [total] "=m"(*total), [factor] "=&v"(factor)
+                        : [from] "m"(*from), [less] "v"(less), [scale] "v"(scale), [pair] "m"(pairs[r]), [row] "m"(row_scale[r]));
             }
         }
+        before = totals;
     }
 }
 

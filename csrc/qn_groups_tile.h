@@ -53,16 +53,16 @@ static void unpack_groups(const qn_weights *w, const uint8_t *panel, int64_t fir
 #if QN_W == 8
 /* Add a group's products, of R rows by V vectors of columns from column n of the panel on, to the totals. */
 QN_INLINE void finish_group(const int R, const int V, const int n, VU sum[][COLUMN_VECTORS], const uint8_t *terms,
-                            const int32_t *pairs, const float *row_scale, float *totals) {
+                            const int32_t *pairs, const float *row_scale, const float *before, float *totals) {
 #pragma GCC unroll 2
     for (int v = 0; v < V; v++) {
         VF scale = vf_load((const float *)(const void *)terms + n + v * QN_W);
         VU less = vu_load((const uint32_t *)(const void *)(terms + 64) + n + v * QN_W);
 #pragma GCC unroll 6
         for (int r = 0; r < R; r++) {
-            float *total = totals + r * QN_TILE_COLS + n + v * QN_W;
+            int at = r * QN_TILE_COLS + n + v * QN_W;
             VF value = vf_from_vu(sum[r][v] + vu_add_pairs(less, vu_splat((uint32_t)pairs[r])));
-            vf_store(total, vf_load(total) + value * (vf_splat(row_scale[r]) * scale));
+            vf_store(totals + at, vf_load(before + at) + value * (vf_splat(row_scale[r]) * scale));
         }
     }
 }
