@@ -141,14 +141,14 @@ def packed_bytes(
     """Return the bytes that a linear layer takes when it is packed: `QuantizedLinear.nbytes`.
 
     Outputs are packed by 16, inputs padded to a multiple of 8 within each group; every scale has the sum of its codes
-    and, where there is one, its zero point beside it. Four-bit codes with groups of at most 128 that are multiplied by codes
-    have scales of their own width, no sums, and zero points of half a byte. (Asymmetric layers whose zero points happen all
-    to be 0 in the packed form, or with such groups to be equal, take less.)
+    and, where there is one, its zero point beside it. Four-bit codes with groups of at most 128 that are multiplied by
+    codes have scales of their own width, no sums, and zero points of half a byte. (Asymmetric layers whose zero points
+    happen all to be 0 in the packed form, or with such groups to be equal, take less.)
     """
     rows, columns = shape
     group = max(1, min(columns, config.group_size or columns))
     groups = -(-columns // group) if columns else 1
-    if config.bits == 4 and 1 < groups and group <= 128 and activations != "float":
+    if config.bits == 4 and groups > 1 and group <= 128 and activations != "float":
         terms = 16 * (4 if config.scale_dtype == "float32" else 2) + 8 * (not config.is_symmetric)
     else:
         zero_points = columns > 0 and (config.bits == 4 or not config.is_symmetric)
