@@ -18,12 +18,14 @@ EXTRA = import sys, tomllib; \
     print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"][sys.argv[1]], sep="\n")
 
 .NOTPARALLEL:
-.PHONY: help demo qat test exhaustive bench bench-peers lint warnings wheel clean
+.PHONY: help demo static qat test stream exhaustive bench bench-peers lint warnings wheel clean
 
 help:
 	@echo "make demo      quantize a real sentence encoder, print how it does, draw a picture"
+	@echo "make static    the encoder with static activations: every method of calibration on sentences it has not seen"
 	@echo "make qat       train a small network on real digits, quantize it, print how it does, draw its scales"
 	@echo "make test      run the tests                  (ARGS= goes to pytest)"
+	@echo "make stream    send a billion values through each observer, in constant memory"
 	@echo "make exhaustive the sweeps that take minutes: all 2^32 float32 values, every bit of a file"
 	@echo "make bench     time the layers                (ARGS= goes to python -m benchmarks)"
 	@echo "make bench-peers the same against PyTorch, ONNX Runtime and NumKong, which it installs"
@@ -35,11 +37,17 @@ help:
 demo: $(BUILT) $(VENV)/.stamp-demo $(VENV)/.stamp-model
 	$(BIN)/python examples/minilm.py --picture $(PICTURE) $(ARGS)
 
+static: $(BUILT) $(VENV)/.stamp-demo $(VENV)/.stamp-model
+	$(BIN)/python examples/minilm_static.py $(ARGS)
+
 qat: $(BUILT) $(VENV)/.stamp-qat-demo
 	$(BIN)/python examples/qat_digits.py --picture $(QAT_PICTURE) $(ARGS)
 
 test: $(BUILT) $(VENV)/.stamp-test
 	$(BIN)/python -m pytest $(ARGS)
+
+stream: $(BUILT) $(VENV)/.stamp-test
+	$(BIN)/python -m pytest -s --slow tests/test_streams.py -k billion $(ARGS)
 
 bench: $(BUILT) $(VENV)/.stamp-bench
 	$(BIN)/python -m benchmarks $(ARGS)
@@ -76,7 +84,7 @@ $(BUILT): $(SOURCES) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
-$(addprefix $(VENV)/.stamp-,demo qat-demo test bench bench-peers lint): $(VENV)/.stamp-%: pyproject.toml | $(BIN)/python
+$(addprefix $(VENV)/.stamp-,demo qat-demo dask test bench bench-peers lint): $(VENV)/.stamp-%: pyproject.toml | $(BIN)/python
 	$(BIN)/python -c '$(EXTRA)' $* > $(VENV)/requirements-$*.txt
 	$(BIN)/python -m pip install --quiet --requirement $(VENV)/requirements-$*.txt
 	touch $@

@@ -17,6 +17,8 @@ SANITIZE = os.environ.get("QNATIVE_SANITIZE") == "1"
 
 C_SOURCES = [
     "csrc/qn_cpu.c",
+    "csrc/qn_float_avx2.c",
+    "csrc/qn_float_avx512.c",
     "csrc/qn_gemm_scalar.c",
     "csrc/qn_gemm_avx2.c",
     "csrc/qn_gemm_avxvnni.c",
@@ -89,6 +91,7 @@ setup(
             extension("linear", *C_SOURCES),
             extension("limits", "csrc/qn_limits.c"),
             extension("qnative_threads", "csrc/qn_pool.c", small=True),
+            extension("statistics"),
         ],
         build_dir="build/cython",
         shared_utility_qualified_name="qnative._core._cyutility",

@@ -160,13 +160,23 @@ def onnxruntime_dynamic(quantized: Quantized, threads: int) -> Call:
         "b": problem.bias,
     }
     inputs = ("x", "w", "s", "z", "b")
-    return _session(("DynamicQuantizeMatMul", "com.microsoft"), inputs, constants, problem.x, np.float32, threads)
+    return bound_session(
+        ("DynamicQuantizeMatMul", "com.microsoft"),
+        inputs,
+        constants,
+        problem.x,
+        np.float32,
+        problem.output().shape,
+        threads,
+    )
 
 
 def onnxruntime_integer(quantized: Quantized, threads: int) -> Call:
     """ONNX Runtime's MatMulInteger, uint8 times int8."""
     constants = {"w": np.ascontiguousarray(quantized.weight.T)}
-    return _session(("MatMulInteger", ""), ("x", "w"), constants, quantized.x, np.int32, threads)
+    return bound_session(
+        ("MatMulInteger", ""), ("x", "w"), constants, quantized.x, np.int32, quantized.problem.output().shape, threads
+    )
 
 
 def int4_contender(problem: Problem, config: QuantConfig, threads: int = 1) -> Contender:
@@ -193,7 +203,9 @@ def int4_contender(problem: Problem, config: QuantConfig, threads: int = 1) -> C
     inputs = ("x", "w", "s", "z", "", "b")
     settings = {"K": k, "N": n, "bits": 4, "block_size": size, "accuracy_level": 4}
     operator = ("MatMulNBits", "com.microsoft")
-    call = _session(operator, inputs, constants, problem.x, np.float32, threads, (len(problem.x), n), settings)
+    call = bound_session(
+        operator, inputs, constants, problem.x, np.float32, (len(problem.x), n), threads, **settings
+    )
     product = problem.x @ q.dequantize().T + problem.bias
     error = float(np.linalg.norm(call.result() - product) / np.linalg.norm(product))
     if not error < 0.03:
@@ -201,17 +213,16 @@ def int4_contender(problem: Problem, config: QuantConfig, threads: int = 1) -> C
     return Contender("ONNX Runtime int4", call.run, problem.operations, "int4", call.prepare)
 
 
-def _session(
+def bound_session(
     operator: tuple[str, str], inputs: tuple[str, ...], constants: dict[str, NDArray[Any]], x: NDArray[Any],
-    out_dtype: type, threads: int, shape: tuple[int, int] | None = None, settings: dict[str, int] | None = None,
+    out_dtype: type, shape: tuple[int, ...], threads: int, **settings: int,
 ) -> Call:  # fmt: skip
-    """Make a model of one node y = operator(x, constants ...), with x and y bound to arrays that stay."""
+    """Make a model of one node y = operator(x, constants ...), with x and y, of `shape`, bound to arrays that stay."""
     onnx, onnxruntime = import_module("onnx"), import_module("onnxruntime")
     helper = onnx.helper
-    shape = (len(x), constants["w"].shape[1]) if shape is None else shape
     graph = helper.make_graph(
-        [helper.make_node(operator[0], inputs, ["y"], domain=operator[1], **(settings or {}))],
-        "linear",
+        [helper.make_node(operator[0], inputs, ["y"], domain=operator[1], **settings)],
+        operator[0],
         [helper.make_tensor_value_info("x", helper.np_dtype_to_tensor_dtype(x.dtype), x.shape)],
         [helper.make_tensor_value_info("y", helper.np_dtype_to_tensor_dtype(np.dtype(out_dtype)), shape)],
         [onnx.numpy_helper.from_array(array, name) for name, array in constants.items()],

@@ -35,7 +35,8 @@
  *
  * Floats are combined in one order everywhere, without contraction (compile with -ffp-contract=off):
  *   product = fl( fl(float(acc)) * fl(sx * sw) ); groups are added in ascending order; then + bias; then the activation.
- *   Float activations: one chain of fused multiply-adds an output, k ascending from 0.
+ *   Float activations: one chain of fused multiply-adds an output, k ascending from 0, over weights that are decoded,
+ *   fl((code - zero) * scale).
  */
 #ifndef QN_GEMM_H
 #define QN_GEMM_H
@@ -149,7 +150,8 @@ typedef struct {
     int32_t a_bytes;                 /* bytes an activation code takes */
     int32_t rate, float_rate;        /* multiply-adds a ns, roughly */
     int32_t rows, panels;            /* the largest tile */
-    int32_t float_rows, float_panels;
+    int32_t float_rows, float_panels; /* the largest with decoded weights */
+    int32_t direct_rows;             /* the largest of `float_direct`; 0 where there is none */
     /* The whole way of int8 weights with one group: product and epilogue of a tile while its sums are in registers. It takes
      * up to layer_rows rows, and of count rows (or 8, if there are more) up to layer_panels[count] panels. Lines from `ahead`
      * on, as many bytes as a panel has codes, will be needed next. May be NULL. */
@@ -180,8 +182,12 @@ typedef struct {
     void (*tile_groups)(const qn_group_tile *t);
     /* The whole way of one row by panels [first, last) of compact weights. May be NULL. */
     void (*row_groups)(const qn_call *c, const qn_rows *rows, int64_t row, int64_t first, int64_t last);
-    /* acc = fma(a[k], b[k], acc), k ascending; b is [k][panels * 16] decoded weights. */
-    void (*tile_float)(int rows, int panels, int64_t k, const uint8_t *a, int64_t a_stride, const float *b, float *acc);
+    /* acc = fma(a[k], b[k], acc), k ascending; a is [k / 4][rows][4], the last k / 4 perhaps not full, b is
+     * [k][panels * 16] decoded weights. */
+    void (*tile_float)(int rows, int panels, int64_t k, const float *a, const float *b, float *acc);
+    /* The whole product of a few rows of floats: weights are decoded in registers, out gets the finished sums but for the
+     * bias. It may write direct_rows rows. */
+    void (*float_direct)(const qn_call *c, const qn_rows *rows, int64_t row, int count, int64_t panel, int panels, float *out);
     /* Decode k weights of one panel and group, from k0 on, into out[k][stride]; times their scale if `scaled`. */
     void (*decode)(const qn_weights *w, const uint8_t *panel, int64_t g, int64_t k0, int64_t k, int scaled, float *out,
                    int64_t stride);

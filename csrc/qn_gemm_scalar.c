@@ -9,6 +9,7 @@
 #define QN_A_BYTES 1
 typedef float VF;
 typedef uint32_t VU;
+typedef int32_t VI;
 
 #include <math.h>
 #include <string.h>
@@ -85,13 +86,27 @@ static void tile_int4(int rows, int panels, int64_t k, const uint8_t *a, int64_t
     }
 }
 
-static void tile_float(int rows, int panels, int64_t k, const uint8_t *a, int64_t a_stride, const float *b, float *acc) {
+static void tile_float(int rows, int panels, int64_t k, const float *a, const float *b, float *acc) {
     int columns = panels * QN_NR;
-    for (int m = 0; m < rows; m++) {
-        const float *row = (const float *)(a + m * a_stride);
+    for (int m = 0; m < rows; m++)
         for (int64_t i = 0; i < k; i++)
-            for (int n = 0; n < columns; n++)
-                acc[m * QN_TILE_COLS + n] = fmaf(row[i], b[i * columns + n], acc[m * QN_TILE_COLS + n]);
+            for (int n = 0; n < columns; n++) {
+                float x = a[(i / QN_KR * rows + m) * QN_KR + i % QN_KR];
+                acc[m * QN_TILE_COLS + n] = fmaf(x, b[i * columns + n], acc[m * QN_TILE_COLS + n]);
+            }
+}
+
+static void decode(const qn_weights *w, const uint8_t *panel, int64_t g, int64_t k0, int64_t k, int scaled, float *out,
+                   int64_t stride) {
+    code_kind kind = kind_of_codes(w);
+    int step = k_of_step(kind);
+    for (int n = 0; n < QN_NR; n++) {
+        decode_terms terms = terms_of_group(kind, w, panel, g, n, scaled);
+        for (int64_t i = 0; i < k; i++) {
+            uint32_t lane;
+            memcpy(&lane, codes_of_group(kind, w, panel, g) + (k0 + i) / step * 64 + n * QN_KR, sizeof lane);
+            out[i * stride + n] = decode_one(kind, lane, (int)((k0 + i) % step), &terms);
+        }
     }
 }
 

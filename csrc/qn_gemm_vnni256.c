@@ -5,6 +5,7 @@
  * of weights and a broadcast leave one of the sixteen registers that both have.
  */
 #include "qn_gemm.h"
+#include "qn_float_vector.h"
 
 #if defined(__x86_64__) && (!defined(QN_VEX) || __GNUC__ >= 11)
 #include <immintrin.h>
@@ -165,8 +166,6 @@ static void tile_groups(const qn_group_tile *t) {
     }
 }
 
-#include "qn_float_avx2.h"
-
 #ifdef __clang__
 #pragma clang attribute pop
 #else
@@ -188,11 +187,11 @@ const qn_kernel KERNEL = {
 #else
     .name = "vnni256",
 #endif
-    .usable = usable, .a_bytes = QN_A_BYTES, .rate = 200, .float_rate = 40, .rows = 6, .panels = 3, .float_rows = 6, .float_panels = 1,
+    .usable = usable, .a_bytes = QN_A_BYTES, .rate = 200, .float_rate = 40, .rows = 6, .panels = 3, .float_rows = 6, .float_panels = 1, .direct_rows = 6,
     .layer_rows = 6, .layer_panels = {0, 4, 2, 1, 1, 1, 1}, .layer_tile = layer_tile,
     .quantize_rows = quantize_rows, .range = finite_range, .quantize_values = quantize_values, .tile_int8 = tile_int8, .tile_int4 = tile_int4,
-    .group_rows = 6, .group_panels = 1, .unpack_groups = unpack_groups, .tile_groups = tile_groups, .tile_float = tile_float,
-    .decode = decode, .epilogue = epilogue,
+    .group_rows = 6, .group_panels = 1, .unpack_groups = unpack_groups, .tile_groups = tile_groups, .tile_float = qn_avx2_tile_float,
+    .float_direct = qn_avx2_float_direct, .decode = qn_avx2_decode, .epilogue = epilogue,
 };
 #else
 typedef int qn_gemm_vnni256_is_for_x86_64; /* a translation unit may not be empty */

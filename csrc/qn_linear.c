@@ -14,8 +14,10 @@ enum {
     BLOCK_BYTES = 768 << 10, /* quantized rows that stay in the L2 cache while the panels pass by */
     BLOCK_ROWS = 256,
     FLOAT_BLOCK_ROWS = 256,  /* rows that share the work of decoding the weights */
-    DECODED_K = 128,         /* k of decoded weights that stay in the L1 cache */
+    FLOAT_PANELS = 30,       /* whose sums wait in the L2 cache for the next piece of k, a multiple of QN_TILE_PANELS */
+    FLOAT_K = 256,           /* a piece of k: rows and sums of a block share the L2 cache with a tile's decoded weights */
     PIECES_A_THREAD = 8,     /* of a block, so that whoever is late leaves little to wait for */
+    FLOAT_PIECES_A_THREAD = 4, /* fewer, as each arranges the rows for itself */
     PIECE_PANELS = 8         /* of a piece at least, where a tile takes any number */
 };
 
@@ -30,20 +32,27 @@ static int64_t row_bytes(const qn_kernel *kernel, const qn_call *c) {
 }
 
 static int64_t block_rows(const qn_kernel *kernel, const qn_call *c) {
-    int64_t tile = kernel->rows, rows = BLOCK_ROWS;
-    if (is_float(c)) {
-        tile = kernel->float_rows;
-        rows = FLOAT_BLOCK_ROWS;
-    } else {
-        rows = qn_min64(rows, BLOCK_BYTES / row_bytes(kernel, c));
+    if (is_float(c)) { /* blocks of nearly the same size, as a small one decodes as much as a large one */
+        int64_t blocks = (c->m + FLOAT_BLOCK_ROWS - 1) / FLOAT_BLOCK_ROWS;
+        return (c->m + blocks - 1) / blocks;
     }
+    int64_t tile = kernel->rows, rows = qn_min64(BLOCK_ROWS, BLOCK_BYTES / row_bytes(kernel, c));
     rows = rows / tile * tile;
     return qn_min64(rows < tile ? tile : rows, c->m);
 }
 
-/* Scratch: | codes | scale | zero | sums | of a block, then for each thread | decoded weights | float tiles of a block |;
- * each 64-byte aligned. */
-typedef struct { int64_t scale, zero, sum, threads, decoded_bytes, thread_bytes; } scratch_layout;
+/* Few rows are multiplied with weights as they are decoded; for more, decoded weights are kept for a moment. */
+static int is_direct(const qn_kernel *kernel, const qn_call *c) { return is_float(c) && c->m <= kernel->direct_rows; }
+
+/* Sums of a float product wait as tiles of [rows][QN_TILE_COLS]. */
+static int64_t float_tiles(int64_t panels) { return (qn_min64(panels, FLOAT_PANELS) + QN_TILE_PANELS - 1) / QN_TILE_PANELS; }
+
+/* Float8 weights with groups and float8 activations: a chain and a scale each group, the groups added up apart. */
+static int adds_groups(const qn_call *c) { return c->input != QN_INPUT_FLOAT && c->w->groups > 1; }
+
+/* Scratch: | codes | scale | zero | sums | of a block, then for each thread | decoded weights | a block's rows, arranged for
+ * tiles | its sums | and of all groups |; each 64-byte aligned. */
+typedef struct { int64_t scale, zero, sum, threads, rows, tiles, totals, thread_bytes; } scratch_layout;
 
 static scratch_layout layout_scratch(const qn_kernel *kernel, const qn_call *c) {
     int64_t rows = block_rows(kernel, c);
@@ -52,9 +61,12 @@ static scratch_layout layout_scratch(const qn_kernel *kernel, const qn_call *c) 
     s.zero = s.scale + qn_round_up(rows * 4, 64);
     s.sum = s.zero + qn_round_up(rows * 4, 64);
     s.threads = s.sum + qn_round_up(rows * c->w->groups * 4, 64);
-    s.decoded_bytes = DECODED_K * QN_TILE_COLS * 4;
-    s.thread_bytes = is_float(c) ? s.decoded_bytes + 2 * rows * QN_TILE_COLS * 4
-                     : qn_sums_groups(kernel, c) ? qn_groups_scratch(c->w, rows) : 0;
+    int64_t pieced = is_float(c) && !is_direct(kernel, c), k = qn_round_up(qn_min64(c->w->k, FLOAT_K), QN_KR);
+    int64_t sums = float_tiles(c->w->panels) * rows * QN_TILE_COLS * 4;
+    s.rows = pieced * k * kernel->float_panels * QN_NR * 4;
+    s.tiles = s.rows + pieced * qn_round_up(rows * k * 4, 64);
+    s.totals = s.tiles + pieced * sums;
+    s.thread_bytes = qn_sums_groups(kernel, c) ? qn_groups_scratch(c->w, rows) : s.totals + (adds_groups(c) ? pieced * sums : 0);
     return s;
 }
 
@@ -156,34 +168,86 @@ static void integer_block(const qn_kernel *kernel, const qn_call *c, const qn_ro
     }
 }
 
-/* Float products: weights are decoded a piece of k at a time, and the piece is used by every row of the block. Float
- * activations take scaled weights in one chain over all k; float8 activations take a chain and a scale each group. */
-static void float_block(const qn_kernel *kernel, const qn_call *c, const qn_rows *rows, int64_t first, int64_t last,
-                        float *decoded, float *tiles) {
+/* Floats of rows as tiles take them: four k of each row of the tile, then the next four. */
+static void arrange_rows(const uint8_t *a, int64_t a_stride, int64_t count, int64_t k, float *to) {
+    for (int64_t r = 0; r < count; r++, a += a_stride) {
+        const float *from = (const float *)(const void *)a;
+        float *at = to + r * QN_KR;
+        int64_t i = 0;
+        for (; i + QN_KR <= k; i += QN_KR, at += count * QN_KR) memcpy(at, from + i, QN_KR * 4);
+        memcpy(at, from + i, (size_t)(k - i) * 4);
+    }
+}
+
+/* Decode k weights of one panel from `start` on, whatever the groups they are of, into out[k][stride]. */
+static void decode_run(const qn_kernel *kernel, const qn_weights *w, int64_t panel, int64_t start, int64_t k, int scaled,
+                       float *out, int64_t stride) {
+    for (int64_t i = start, end = start + k, next; i < end; out += (next - i) * stride, i = next) {
+        int64_t g = i / w->group;
+        next = qn_min64(end, (g + 1) * w->group);
+        kernel->decode(w, w->data + panel * w->panel_bytes, g, i - g * w->group, next - i, scaled, out, stride);
+    }
+}
+
+typedef struct { float *decoded, *rows, *tiles, *totals; } float_scratch;
+
+/* Add k [start, start + k) to the sums of a block's rows by panels [first, last). The rows are arranged once for all
+ * panels, the weights of a tile decoded once for all rows. */
+static void float_piece(const qn_kernel *kernel, const qn_call *c, const qn_rows *rows, int64_t first, int64_t last,
+                        int64_t start, int64_t k, const float_scratch *scratch) {
+    partition tiles = cut_evenly(rows->count, (rows->count + kernel->float_rows - 1) / kernel->float_rows);
+    for (int64_t t = 0, row = 0; t < tiles.parts; row += part_size(&tiles, t++))
+        arrange_rows(rows->a + row * rows->a_stride + start * 4, rows->a_stride, part_size(&tiles, t), k,
+                     scratch->rows + row * qn_round_up(k, QN_KR));
+    for (int64_t panel = first, panels; panel < last; panel += panels) {
+        int64_t place = (panel - first) % QN_TILE_PANELS;
+        float *sums = scratch->tiles + (panel - first - place) / QN_TILE_PANELS * rows->count * QN_TILE_COLS + place * QN_NR;
+        panels = qn_min64(kernel->float_panels, last - panel);
+        for (int64_t p = 0; p < panels; p++)
+            decode_run(kernel, c->w, panel + p, start, k, c->input == QN_INPUT_FLOAT, scratch->decoded + p * QN_NR,
+                       panels * QN_NR);
+        for (int64_t t = 0, row = 0; t < tiles.parts; row += part_size(&tiles, t++))
+            kernel->tile_float((int)part_size(&tiles, t), (int)panels, k, scratch->rows + row * qn_round_up(k, QN_KR),
+                               scratch->decoded, sums + row * QN_TILE_COLS);
+    }
+}
+
+/* Rows of a block by panels [first, last), FLOAT_PANELS of them at most. Float activations take scaled weights in one chain
+ * over all k; float8 activations take a chain and a scale each group. */
+static void float_panels(const qn_kernel *kernel, const qn_call *c, const qn_rows *rows, int64_t first, int64_t last,
+                         const float_scratch *scratch) {
     const qn_weights *w = c->w;
-    int scaled = c->input == QN_INPUT_FLOAT;
-    float *sums = tiles + rows->count * QN_TILE_COLS;
-    for (int64_t panel = first; panel < last; panel += kernel->float_panels) {
-        int panels = (int)qn_min64(kernel->float_panels, last - panel);
-        for (int64_t g = 0; g < w->groups; g++) {
-            if (g == 0 || !scaled) memset(tiles, 0, (size_t)(rows->count * QN_TILE_COLS) * 4);
-            int64_t group_k = qn_min64(w->group, w->k - g * w->group);
-            for (int64_t k0 = 0; k0 < group_k; k0 += DECODED_K) {
-                int64_t k = qn_min64(DECODED_K, group_k - k0);
-                for (int p = 0; p < panels; p++)
-                    kernel->decode(w, w->data + (panel + p) * w->panel_bytes, g, k0, k, scaled, decoded + p * QN_NR,
-                                   panels * QN_NR);
-                for (int64_t row = 0; row < rows->count; row += kernel->float_rows)
-                    kernel->tile_float((int)qn_min64(kernel->float_rows, rows->count - row), panels, k,
-                                       rows->a + row * rows->a_stride + (g * w->group + k0) * 4, rows->a_stride, decoded,
-                                       tiles + row * QN_TILE_COLS);
-            }
-            if (g == w->groups - 1 || !scaled)
-                for (int64_t row = 0; row < rows->count; row++)
-                    kernel->epilogue(c, rows, row, 1, panel, panels, g, 0, tiles + row * QN_TILE_COLS,
-                                     sums + row * QN_TILE_COLS);
+    int64_t tiles = float_tiles(last - first), tile_values = rows->count * QN_TILE_COLS;
+    int64_t chains = c->input == QN_INPUT_FLOAT ? 1 : w->groups, chain_k = c->input == QN_INPUT_FLOAT ? w->k : w->group;
+    for (int64_t chain = 0; chain < chains; chain++) {
+        int64_t end = qn_min64((chain + 1) * chain_k, w->k);
+        memset(scratch->tiles, 0, (size_t)(tiles * tile_values) * 4);
+        for (int64_t start = chain * chain_k, k; start < end; start += k) {
+            k = qn_min64(FLOAT_K, end - start);
+            float_piece(kernel, c, rows, first, last, start, k, scratch);
+        }
+        for (int64_t t = 0; t < tiles; t++) {
+            int64_t panel = first + t * QN_TILE_PANELS;
+            float *sums = scratch->tiles + t * tile_values;
+            kernel->epilogue(c, rows, 0, (int)rows->count, panel, (int)qn_min64(QN_TILE_PANELS, last - panel),
+                             w->groups - chains + chain, 0, sums, adds_groups(c) ? scratch->totals + t * tile_values : sums);
         }
     }
+}
+
+static void float_block(const qn_kernel *kernel, const qn_call *c, const qn_rows *rows, int64_t first, int64_t last,
+                        const float_scratch *scratch) {
+    if (is_direct(kernel, c)) {
+        float sums[QN_TILE_ROWS * QN_TILE_COLS];
+        for (int64_t panel = first; panel < last; panel += QN_TILE_PANELS) {
+            int panels = (int)qn_min64(QN_TILE_PANELS, last - panel);
+            kernel->float_direct(c, rows, 0, (int)rows->count, panel, panels, sums);
+            kernel->epilogue(c, rows, 0, (int)rows->count, panel, panels, c->w->groups - 1, 0, 0, sums);
+        }
+        return;
+    }
+    for (; first < last; first += FLOAT_PANELS)
+        float_panels(kernel, c, rows, first, qn_min64(first + FLOAT_PANELS, last), scratch);
 }
 
 /* ---- the call, shared among threads ---- */
@@ -198,6 +262,7 @@ typedef struct {
     scratch_layout layout;
     int64_t block;                                       /* rows of a block, but for the last */
     partition quantize, rows, panels;                    /* the pieces of a full block: of its rows; of its products */
+    int64_t panel_unit;                                  /* panels that are not parted */
     int64_t pieces_a_block, pieces;
     qn_atomic next, done;                                /* pieces taken, and ended */
 } job;
@@ -214,7 +279,11 @@ static void multiply_piece(const job *j, const qn_rows *rows, int64_t first, int
     if (qn_sums_groups(j->kernel, j->c)) {
         qn_groups_block(j->kernel, j->c, rows, first, last, own);
     } else if (is_float(j->c)) {
-        float_block(j->kernel, j->c, rows, first, last, (float *)own, (float *)(own + j->layout.decoded_bytes));
+        float_scratch scratch = {
+            .decoded = (float *)(void *)own, .rows = (float *)(void *)(own + j->layout.rows),
+            .tiles = (float *)(void *)(own + j->layout.tiles), .totals = (float *)(void *)(own + j->layout.totals),
+        };
+        float_block(j->kernel, j->c, rows, first, last, &scratch);
     } else {
         integer_block(j->kernel, j->c, rows, first, last);
     }
@@ -249,13 +318,15 @@ static void do_piece(const job *j, int64_t piece, int thread) {
         quantize_piece(j, &rows);
     } else {
         int64_t panel = piece % j->panels.parts;
-        multiply_piece(j, &rows, part_start(&j->panels, panel), part_start(&j->panels, panel + 1), thread);
+        multiply_piece(j, &rows, part_start(&j->panels, panel) * j->panel_unit,
+                       qn_min64(part_start(&j->panels, panel + 1) * j->panel_unit, j->c->w->panels), thread);
     }
 }
 
 /* What must be done before `piece`: the pieces of the phases before its own. */
 static int64_t before(const job *j, int64_t piece) {
     int64_t block = piece / j->pieces_a_block * j->pieces_a_block;
+    if (j->quantize.parts == 0) return 0; /* x itself is read */
     return piece - block < j->quantize.parts ? block : block + j->quantize.parts;
 }
 
@@ -272,19 +343,35 @@ static void work(void *context, int thread) {
     qn_leave_default_mode(mode);
 }
 
+/* What a call does besides multiplying, roughly: to quantize a row takes so many ns, and a value so many multiply-adds'
+ * time. Layers of few inputs or outputs do hardly anything else. */
+enum { ROW_NS = 80, QUANTIZE_MACS = 40, UNPACK_MACS = 12, DECODE_MACS = 4, OUTPUT_MACS = 60 };
+
 int64_t qn_linear_work(const qn_kernel *kernel, const qn_call *c) {
-    double weights = (double)c->w->k * (double)c->w->n, rate = is_float(c) ? kernel->float_rate : kernel->rate;
-    double ns = weights * (double)c->m / rate + weights / 100;
+    const qn_weights *w = c->w;
+    double rows = (double)c->m, k = (double)(w->groups * w->group_k), n = (double)(w->panels * QN_NR);
+    double macs = rows * (k * n + n * OUTPUT_MACS), ns = k * n / 100;
+    if (is_float(c)) macs += k * n * DECODE_MACS * (double)((c->m + FLOAT_BLOCK_ROWS - 1) / FLOAT_BLOCK_ROWS);
+    if (c->input != QN_INPUT_FLOAT) {
+        macs += rows * k * QUANTIZE_MACS;
+        ns += rows * ROW_NS;
+    }
+    if (w->format == QN_INT4 && !is_float(c)) /* nibbles once a tile, and groups for each row */
+        macs += k * n * (rows + UNPACK_MACS * (double)((c->m + kernel->rows - 1) / kernel->rows));
+    ns += macs / (is_float(c) ? kernel->float_rate : kernel->rate);
     return ns < 1e15 ? (int64_t)ns : (int64_t)1e15;
 }
 
 void qn_linear(const qn_kernel *kernel, const qn_call *c, uint8_t *scratch, int threads, qn_share share) {
     job j = {.kernel = kernel, .c = c, .scratch = scratch, .layout = layout_scratch(kernel, c), .block = block_rows(kernel, c)};
     int64_t tile = is_float(c) ? kernel->float_rows : kernel->rows, tiles = (j.block + tile - 1) / tile;
-    int64_t wanted = threads > 1 ? threads * PIECES_A_THREAD : 1;
+    int64_t pieces = is_float(c) && !is_direct(kernel, c) ? FLOAT_PIECES_A_THREAD : PIECES_A_THREAD;
+    int64_t wanted = threads > 1 ? threads * pieces : 1;
     /* Panels first: a piece of them is read by one core only. Rows are cut only where there are too few panels. */
-    int64_t panel_tile = is_float(c) ? kernel->float_panels : qn_min64(tile_panels(kernel, c, j.block), PIECE_PANELS);
-    j.panels = cut_evenly(c->w->panels, qn_min64(wanted, (c->w->panels + panel_tile - 1) / panel_tile));
+    j.panel_unit = is_float(c) ? QN_TILE_PANELS : 1;
+    int64_t units = (c->w->panels + j.panel_unit - 1) / j.panel_unit;
+    int64_t panel_tile = is_float(c) ? 1 : qn_min64(tile_panels(kernel, c, j.block), PIECE_PANELS);
+    j.panels = cut_evenly(units, qn_min64(wanted, (units + panel_tile - 1) / panel_tile));
     j.rows = cut_evenly(j.block, qn_min64((wanted + j.panels.parts - 1) / j.panels.parts, tiles));
     j.quantize = cut_evenly(c->input == QN_INPUT_FLOAT ? 0 : j.block, qn_min64(wanted, tiles));
     j.pieces_a_block = j.quantize.parts + j.rows.parts * j.panels.parts;

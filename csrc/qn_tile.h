@@ -24,14 +24,10 @@
  *   vu_load_u8 vu_load_u16   bytes, 16-bit words, zero-extended
  *   QN_A_BYTES               bytes an activation code takes
  */
+#include "qn_decode.h"
+
 #include <math.h>
 #include <string.h>
-
-#if defined(__GNUC__)
-#define QN_INLINE static inline __attribute__((always_inline))
-#else
-#define QN_INLINE static inline
-#endif
 
 /* ---- activation functions: fixed sequences of + - * /, within 2^-22 * max(1, |x|) of the true value ---- */
 
@@ -261,19 +257,6 @@ static int32_t take_codes(const uint8_t *x, int64_t n, uint8_t flip, uint8_t *a)
     for (int64_t i = 0; i < n; i++) codes[i] = x[i] ^ flip;
     for (int64_t i = 0; i < n; i++) total += x[i] ^ flip;
     return (int32_t)total;
-}
-
-/* The values of float8 codes. Above the largest finite code: Inf and NaN in e5m2, NaN in e4m3fn. */
-QN_INLINE VF decode_float8(VU code, qn_format format) {
-    int mantissa = format == QN_FLOAT8_E4M3FN ? 3 : 2;
-    VU size = code & vu_splat(0x7F);
-    VF number = vf_from_vu(size);
-    VF normal = vf_bits((size << (23 - mantissa)) + vu_splat((mantissa == 3 ? 120u : 112u) << 23));
-    VF subnormal = number * vf_splat(mantissa == 3 ? 0x1p-9f : 0x1p-16f);
-    VF value = vf_less(number, vf_splat((float)(1 << mantissa)), subnormal, normal);
-    VF special = mantissa == 3 ? vf_splat(NAN) : vf_less(number, vf_splat(125.0f), vf_splat(INFINITY), vf_splat(NAN));
-    value = vf_less(vf_splat(mantissa == 3 ? 126.0f : 123.0f), number, special, value);
-    return vf_bits(vu_bits(value) | ((code & vu_splat(0x80)) << 24));
 }
 
 /* n float8 codes as their values. */
@@ -642,32 +625,4 @@ static void epilogue(const qn_call *c, const qn_rows *rows, int64_t row, int cou
     }
     if (kind == LAST) emit(c, rows, row, count, panel * QN_NR, panels * QN_NR, sum, QN_TILE_COLS);
 #undef FINISH
-}
-
-/* ---- decoding weights to floats ---- */
-
-static void decode(const qn_weights *w, const uint8_t *panel, int64_t g, int64_t k0, int64_t k, int scaled, float *out,
-                   int64_t stride) {
-    const float *scale = (const float *)(panel + w->scale_at) + g * QN_NR;
-    const uint32_t *zero = (const uint32_t *)(panel + w->zero_at) + g * QN_NR;
-    const uint8_t *codes = panel + w->codes_at + g * w->group_k * QN_NR / (w->format == QN_INT4 ? 2 : 1);
-    int mask = w->format == QN_INT4 ? 15 : 0xFF;
-    for (int64_t i = k0; i < k0 + k; i++, out += stride) {
-        /* One k of 16 columns is one byte (or nibble) of each 32-bit lane of its k-step. */
-        const uint8_t *step = codes + (w->format == QN_INT4 ? i / 8 : i / 4) * 64;
-        int shift = (int)(i % 4) * 8 + (w->format == QN_INT4 ? (int)(i / 4 % 2) * 4 : 0);
-        for (int n = 0; n < QN_NR; n += QN_W) {
-            VU code = (vu_load((const uint32_t *)step + n) >> shift) & vu_splat((uint32_t)mask);
-            VF value;
-            if (w->format == QN_INT8 || w->format == QN_INT4) {
-                if (w->format == QN_INT8) code = (code ^ vu_splat(0x80)) - vu_splat(0x80);
-                if (w->asymmetric) code -= vu_load(zero + n);
-                value = vf_from_vu(code);
-            } else {
-                value = decode_float8(code, w->format);
-            }
-            if (scaled) value = value * vf_load(scale + n);
-            vf_store(out + n, value);
-        }
-    }
 }

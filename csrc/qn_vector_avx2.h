@@ -4,8 +4,11 @@
  * choose the target before including this.
  */
 #define QN_W 8
+#define QN_VECTOR_REGISTER "x"
 typedef __m256 VF;
 typedef uint32_t VU __attribute__((vector_size(32)));
+typedef int32_t VI __attribute__((vector_size(32)));
+typedef uint8_t VB __attribute__((vector_size(32)));
 
 static inline VF vf_load(const float *p) { return _mm256_loadu_ps(p); }
 static inline void vf_store(float *p, VF v) { _mm256_storeu_ps(p, v); }
@@ -52,6 +55,14 @@ static inline uint32_t vi_largest(VU v) {
     v = vi_max(v, (VU)_mm256_permute4x64_epi64((__m256i)v, 0x4E));
     v = vi_max(v, (VU)_mm256_shuffle_epi32((__m256i)v, 0x4E));
     return vi_max(v, (VU)_mm256_shuffle_epi32((__m256i)v, 0xB1))[0];
+}
+static inline int vu_bytes_above(int count, const VU v[], int from, int span) {
+    __m256i above = _mm256_setzero_si256();
+    for (int i = 0; i < count; i++) {
+        __m256i twice = _mm256_sub_epi8(_mm256_add_epi8((__m256i)v[i], (__m256i)v[i]), _mm256_set1_epi8((char)from));
+        above = _mm256_or_si256(above, _mm256_subs_epu8(twice, _mm256_set1_epi8((char)span)));
+    }
+    return !_mm256_testz_si256(above, above);
 }
 static inline VU vu_multiply(VU a, VU b) { return (VU)_mm256_mullo_epi32((__m256i)a, (__m256i)b); }
 static inline __m256i bytes_of(const VU q[4], int32_t z) { /* each plus z; beyond 0..255: the ends */

@@ -9,18 +9,19 @@ from __future__ import annotations
 import functools
 import mmap
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from qnative.config import ObserverMethod, QParams, QuantConfig
-from qnative.elementwise import fake_quantize
 from qnative.floats import as_float_array
 from qnative.granularity import block_min_max
 from qnative.observers import CalibrationCollector, Observer, make_observer, observe_once
+from qnative.output_error import OutputError, least_output_error
 from qnative.work import Progress, map_ordered, reporting
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ __all__ = [
     "calibrate_layer",
     "calibrate_model",
 ]
+
+Result = TypeVar("Result")
 
 #: Activations as the layers take them: one scale, the zero point where the data puts it.
 ACTIVATIONS = QuantConfig("uint8", mode="asymmetric")
@@ -73,6 +76,8 @@ class CalibrationDataset:
                 raise ValueError(f"batch_size={batch_size} cuts an array or a file; this source has batches of its own")
             if isinstance(batch_size, bool) or not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
                 raise ValueError(f"batch_size={batch_size!r} must be a positive int")
+            if isinstance(source, np.ndarray) and source.ndim == 0:
+                raise ValueError(f"batch_size={batch_size} cuts the first axis, and an array of shape () has none")
         if not (whole or callable(source) or isinstance(source, Iterable)):
             raise TypeError(f"batches must be an array, a path, a function or an iterable, not {type(source).__name__}")
         self._source: Any = source
@@ -168,12 +173,16 @@ class QuantizationSpec:
     qparams : QParams
         Scale and zero point.
     method : ObserverMethod
-        The method whose answer this is: with ``output_aware`` it may be min-max where another was asked for.
+        The method whose answer this is, or from whose answer the search on the layer's output set out. With
+        ``output_aware`` it may be min-max where another was asked for.
+    output_aware : bool
+        Whether that search found the answer, and not the method itself.
     """
 
     name: str
     qparams: QParams
     method: ObserverMethod
+    output_aware: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
@@ -181,17 +190,26 @@ class QuantizationSpec:
         if not isinstance(self.qparams, QParams):
             raise TypeError(f"qparams must be a QParams, not {type(self.qparams).__name__}")
         object.__setattr__(self, "method", ObserverMethod(self.method))
+        if not isinstance(self.output_aware, bool):
+            raise TypeError(f"output_aware must be a bool, not {type(self.output_aware).__name__}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON can hold them."""
-        return {"name": self.name, "qparams": self.qparams.to_dict(), "method": str(self.method)}
+        return {
+            "name": self.name,
+            "qparams": self.qparams.to_dict(),
+            "method": str(self.method),
+            "output_aware": self.output_aware,
+        }
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> QuantizationSpec:
         """Build from `to_dict`'s result; unknown or missing keys raise ValueError."""
-        if set(fields) != {"name", "qparams", "method"}:
-            raise ValueError(f"a QuantizationSpec has name, qparams and method, not {', '.join(map(repr, fields))}")
-        return cls(fields["name"], QParams.from_dict(fields["qparams"]), fields["method"])
+        if set(fields) != {"name", "qparams", "method", "output_aware"}:
+            raise ValueError(
+                f"a QuantizationSpec has name, qparams, method and output_aware, not {', '.join(map(repr, fields))}"
+            )
+        return cls(fields["name"], QParams.from_dict(fields["qparams"]), fields["method"], fields["output_aware"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,6 +245,7 @@ def calibrate_layer(
     name: str = "",
     output_aware: bool | None = None,
     executor: Executor | None = None,
+    progress: Progress = None,
     **options: Any,
 ) -> QuantizationSpec:
     """Find the scale and zero point of one layer's input.
@@ -244,13 +263,15 @@ def calibrate_layer(
     name : str
         The layer's name, for the answer.
     output_aware : bool, optional
-        Compare the answer with plain min-max by the error of the layer's output, ``(fake_quantize(x) - x) @ weight.T``
-        squared and added over all batches, and keep the better: never worse than min-max. Elementwise criteria know
-        nothing of the weights, and may clip the few channels that a layer lives on. The batches are gone through twice.
-        By default: where a weight is given.
+        Search for the range with the least error of the layer's output, ``(fake_quantize(x) - x) @ weight.T`` squared
+        and added over all batches, around the method's answer and plain min-max, both among the candidates: never
+        worse than either. Elementwise criteria know nothing of the weights, and may clip the few channels that a layer
+        lives on. The batches are gone through up to ten times. By default: where a weight is given.
     executor : concurrent.futures.Executor, optional
-        Where batches are observed, each a shard; the answer is the same, bit for bit (moving averages and mean_std to
-        1e-12).
+        Where batches are observed, each a shard; the answer is the same, bit for bit.
+    progress : callable or bool, optional
+        Called with (done, total, name) after each batch of each pass; total is None where it is not known. True: a
+        tqdm bar.
     **options
         Those of the observer: ``percentile``, ``sigma``, ``averaging_constant``, ``nonfinite``.
 
@@ -263,8 +284,10 @@ def calibrate_layer(
     RuntimeError
         If there is no data.
     ValueError
-        If `output_aware` lacks a weight, the weight does not fit the batches, or `config` is per group; and for NaN and
-        infinities unless ``nonfinite="skip"``.
+        If `output_aware` lacks a weight, the weight does not fit the batches or is not finite, or `config` is per
+        group; and for NaN and infinities unless ``nonfinite="skip"``.
+    ImportError
+        For ``progress=True`` without tqdm.
 
     Examples
     --------
@@ -282,28 +305,45 @@ def calibrate_layer(
     dataset = _dataset(batches)
     if output_aware and not dataset.reiterable:
         raise ValueError(
-            "output_aware=True goes through the batches twice, which a one-shot iterator cannot; pass a list, an "
+            "output_aware=True goes through the batches repeatedly, which a one-shot iterator cannot; pass a list, an "
             "array, a path, or a function that returns a new iterator each time"
         )
     method = ObserverMethod(method)
-    fresh = functools.partial(_observers, method, config.axis, output_aware, options)
-    observers = fresh()
-    if executor is None:
-        for batch in dataset:
-            for observer in observers:
-                observer.observe(batch)
-    else:
-        for shard in map_ordered(executor, functools.partial(_observe_shard, fresh), dataset):
-            for observer, part in zip(observers, shard, strict=True):
-                observer.merge(part)
-    candidates = [observer.qparams(config) for observer in observers]
-    best = 0
-    if len(candidates) > 1:
-        error, plain = _output_errors(dataset, weight, candidates, options.get("nonfinite") == "skip")
-        best = 0 if error < plain else 1
-    found = observers[best].method
-    assert found is not None
-    return QuantizationSpec(name, candidates[best], found)
+    error = OutputError(_as_weight(weight), options.get("nonfinite") == "skip") if output_aware else None
+    with reporting(progress, None if output_aware else _length(dataset), "batch") as report:
+        done = 0
+
+        def results(task: Callable[[Any], Result]) -> Iterator[Result]:
+            """Do something with every batch, on the executor, in order."""
+            nonlocal done
+            for result in map_ordered(executor, task, dataset):
+                yield result
+                done += 1
+                report(done, name)
+
+        observers = _observers(method, config.axis, output_aware, options)
+        if executor is None:
+            for _ in results(functools.partial(_observe_all, observers)):
+                pass
+        else:
+            fresh = functools.partial(_observers, method, config.axis, output_aware, options)
+            for shard in results(functools.partial(_observe_shard, fresh)):
+                for observer, part in zip(observers, shard, strict=True):
+                    observer.merge(part)
+        if error is None:
+            return QuantizationSpec(name, observers[0].qparams(config), method)
+
+        def measure(candidates: list[QParams]) -> NDArray[np.float64]:
+            total = np.zeros(len(candidates))
+            for errors in results(functools.partial(error, candidates=candidates)):
+                total += errors
+            return total
+
+        asked, plain = observers[0], observers[-1]
+        found, origin = least_output_error(measure, plain.range, asked.calibrated_range(config), config)
+    return QuantizationSpec(
+        name, found, ObserverMethod.MIN_MAX if origin.plain else method, output_aware=origin.searched
+    )
 
 
 def _dataset(batches: Any) -> CalibrationDataset:
@@ -320,45 +360,27 @@ def _observers(
     return made
 
 
-def _observe_shard(fresh: Callable[[], list[Observer]], batch: Any) -> list[Observer]:
-    observers = fresh()
+def _observe_all(observers: list[Observer], batch: Any) -> None:
     for observer in observers:
         observer.observe(batch)
+
+
+def _observe_shard(fresh: Callable[[], list[Observer]], batch: Any) -> list[Observer]:
+    observers = fresh()
+    _observe_all(observers, batch)
     return observers
+
+
+def _length(dataset: CalibrationDataset) -> int | None:
+    """Return the number of batches where it is known."""
+    try:
+        return len(dataset)
+    except TypeError:
+        return None
 
 
 def _as_weight(weight: Any) -> NDArray[Any]:
     return as_float_array(weight.dequantize() if hasattr(weight, "dequantize") else weight)
-
-
-def _output_errors(dataset: CalibrationDataset, weight: Any, candidates: list[QParams], skip: bool) -> list[float]:
-    """Add up the squared errors of the layer's output that each candidate causes."""
-    w = _as_weight(weight)
-    if w.ndim != 2:
-        raise ValueError(f"weight has shape {w.shape}; it must be (out_features, in_features)")
-    errors = [0.0] * len(candidates)
-    for batch in dataset:
-        x = as_float_array(batch)
-        if x.ndim == 0 or x.shape[-1] != w.shape[1]:
-            raise ValueError(f"a batch of shape {x.shape} does not fit a weight of shape {w.shape}; its last axis must")
-        for i, q in enumerate(candidates):
-            error = fake_quantize(
-                x,
-                q.scale,
-                q.zero_point,
-                q.dtype,
-                q.axis,
-                quant_min=None if q.config.info.is_float else q.quant_min,
-                quant_max=None if q.config.info.is_float else q.quant_max,
-                nan="zero" if skip else "raise",
-            )
-            with np.errstate(invalid="ignore"):
-                error -= x
-            if skip:
-                error[~np.isfinite(error)] = 0.0
-            out = error.reshape(-1, w.shape[1]) @ w.T
-            errors[i] += float(np.sum(np.square(out, dtype=np.float64)))
-    return errors
 
 
 def calibrate_model(
@@ -384,7 +406,8 @@ def calibrate_model(
         How ranges are found.
     executor : concurrent.futures.Executor, optional
         Where layers are calibrated: threads, processes or machines. The answers are the same. For processes the batches
-        must be picklable; paths and memory-mapped arrays are sent as names.
+        must be picklable; paths and memory-mapped arrays are sent as names. (For few layers of many batches, give the
+        executor to `calibrate_layer`.)
     progress : callable or bool, optional
         Called with (done, total, name) after each layer. True: a tqdm bar.
     weights : mapping of str to array_like, optional
@@ -443,6 +466,8 @@ def _calibrate_named(
 class Calibrator:
     """Records the weights of layers and what comes into them, as a model runs.
 
+    Any number of threads may record at once: one waits for the other.
+
     Parameters
     ----------
     config : QuantConfig, optional
@@ -478,6 +503,14 @@ class Calibrator:
         self._weights: dict[str, tuple[float, float, NDArray[np.float32]]] = {}
         self._collectors: dict[str, CalibrationCollector] = {}
         self._names: dict[str, None] = {}
+        self._lock = threading.RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        with self._lock:
+            return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.RLock())
 
     def _collector(self) -> CalibrationCollector:
         return CalibrationCollector(self.config.axis, nonfinite=self.nonfinite)
@@ -493,13 +526,17 @@ class Calibrator:
         w = _as_weight(weight)
         low, high = block_min_max(w, QuantConfig.int8())
         scale = observe_once(w, self.weight_config).scale
-        self._weights[name] = float(low), float(high), scale
-        self._names[name] = None
+        with self._lock:
+            self._weights[name] = float(low), float(high), scale
+            self._names[name] = None
 
     def record_activations(self, name: str, x: ArrayLike) -> None:
         """Take what comes into a layer into account; every value counts, memory stays bounded (see `Observer`)."""
-        self._collectors.setdefault(name, self._collector()).observe(x)
-        self._names[name] = None
+        with self._lock:
+            if name not in self._collectors:
+                self._collectors[name] = self._collector()
+            self._collectors[name].observe(x)
+            self._names[name] = None
 
     def watch(self, name: str, layer: Callable[..., Any]) -> Callable[..., Any]:
         """Return a stand-in for `layer` that records what it is called with, and is otherwise the layer.

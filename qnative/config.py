@@ -371,6 +371,36 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, enum.Enum) else value
 
 
+@dataclass(frozen=True, repr=False)
+class NarrowConfig(QuantConfig):
+    """A config of whose codes only the ``2**code_bits`` around the zero point are used.
+
+    Codes are stored as `dtype` stores them; only ranges differ, and what follows from them. See `FakeQuantConfig.bits`.
+    """
+
+    code_bits: int = 8
+
+    if TYPE_CHECKING:
+
+        def __init__(self, *, code_bits: int, **fields: Any) -> None: ...
+
+    @property
+    def quant_min(self) -> float:
+        """The smallest code: for 2 bits -2, or -1 if symmetric; unsigned, 0, or 2 below the middle if symmetric."""
+        half = 1 << (self.code_bits - 1)
+        if self.info.is_signed:
+            return 1 - half if self.is_symmetric else -half
+        return self.symmetric_zero_point - half if self.is_symmetric else 0
+
+    @property
+    def quant_max(self) -> float:
+        """The largest code: for 2 bits 1; unsigned, 3, or 1 above the middle if symmetric."""
+        half = 1 << (self.code_bits - 1)
+        if self.info.is_signed:
+            return half - 1
+        return (self.symmetric_zero_point if self.is_symmetric else half) + half - 1
+
+
 @dataclass(frozen=True)
 class FakeQuantConfig:
     """How training simulates quantization.
@@ -383,16 +413,29 @@ class FakeQuantConfig:
         How the range is found.
     learnable : bool
         Learn the scale (and zero point, when asymmetric) by LSQ (Esser et al., 2020).
+    bits : int, optional
+        Use only codes of so many bits, 2 or more, of the integer dtype; all of them by default. For int4 and 2 bits
+        -1..1 when symmetric, -2..1 when asymmetric. What is deployed has these codes, and takes the dtype's room.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For another kind of config, an unknown observer, or bits that the dtype does not have.
     """
 
     quant: QuantConfig = dataclasses.field(default_factory=QuantConfig.int8)
     observer: ObserverMethod = ObserverMethod.MIN_MAX
     learnable: bool = False
+    bits: int | None = None
 
     if TYPE_CHECKING:  # what it takes; the fields are what it holds
 
         def __init__(
-            self, quant: QuantConfig = ..., observer: ObserverMethod | str = ..., learnable: bool = False
+            self,
+            quant: QuantConfig = ...,
+            observer: ObserverMethod | str = ...,
+            learnable: bool = False,
+            bits: int | None = None,
         ) -> None: ...
 
     def __post_init__(self) -> None:
@@ -400,6 +443,13 @@ class FakeQuantConfig:
             raise TypeError(f"quant must be a QuantConfig, not {type(self.quant).__name__}")
         object.__setattr__(self, "observer", ObserverMethod(self.observer))
         object.__setattr__(self, "learnable", bool(self.learnable))
+        bits = _check_int("bits", self.bits)
+        if bits is not None:
+            if self.quant.info.is_float:
+                raise ValueError(f"bits={bits}: {self.quant.dtype} has no integer codes to use fewer of; leave it out")
+            if not 2 <= bits <= self.quant.bits:
+                raise ValueError(f"bits={bits} must lie in 2..{self.quant.bits}, {self.quant.dtype}'s bits")
+        object.__setattr__(self, "bits", None if bits == self.quant.bits else bits)
 
     def with_learnable(self, learnable: bool = True) -> FakeQuantConfig:
         """Return a copy whose scale is learned (or not)."""
@@ -409,10 +459,22 @@ class FakeQuantConfig:
         """Return a copy with another observer."""
         return dataclasses.replace(self, observer=ObserverMethod(observer))
 
+    def with_bits(self, bits: int | None) -> FakeQuantConfig:
+        """Return a copy that uses codes of so many bits."""
+        return dataclasses.replace(self, bits=bits)
+
+    @property
+    def simulated(self) -> QuantConfig:
+        """`quant`, its range cut to `bits`: whose rules and ranges the simulation follows."""
+        if self.bits is None:
+            return self.quant
+        fields = {f.name: getattr(self.quant, f.name) for f in dataclasses.fields(self.quant)}
+        return NarrowConfig(**fields, code_bits=self.bits)
+
     @property
     def quant_range(self) -> tuple[float, float]:
         """``(quant_min, quant_max)``."""
-        return self.quant.quant_min, self.quant.quant_max
+        return self.simulated.quant_min, self.simulated.quant_max
 
 
 @dataclass(frozen=True, eq=False)
@@ -472,7 +534,8 @@ class QParams:
             raise ValueError(f"group_size={group_size} must be positive and needs an axis and a scale each group")
         if group_size is None and scale.ndim != (0 if axis is None else 1):
             raise ValueError(
-                f"scale has shape {scale.shape} with axis={axis}; give one and no axis, or one each channel of an axis"
+                f"scale has shape {scale.shape} with axis={axis}; give one number (float(scale)) and no axis, or one "
+                "each channel of an axis"
             )
         if not info.is_float and np.any((zero_point.astype(np.int32) < low) | (zero_point.astype(np.int32) > high)):
             raise ValueError(f"zero_point must lie in quant_min..quant_max, {low}..{high}, so that 0.0 has a code")

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from qnative import _core
 from qnative.config import CodeDType, check_code_range, check_scale, check_zero_point, code_dtype
-from qnative.floats import as_float_array, encode, float_dtype
+from qnative.floats import as_float_array, deliver, encode, float_dtype, out_target
 from qnative.granularity import Granules, nonfinite_error
 
 __all__ = ["dequantize", "fake_quantize", "quantize", "sqnr"]
@@ -44,16 +44,16 @@ def code_range(info: CodeDType, quant_min: float | None, quant_max: float | None
     return (0, 0) if info.is_float else (int(low), int(high))  # float8 is not clamped by code
 
 
-def check_nan(values: NDArray[Any], nan: str, info: CodeDType) -> NDArray[Any]:
+def check_nan(nan: str) -> None:
     if nan not in ("raise", "zero"):
         raise ValueError(f'nan={nan!r} must be "raise" or "zero"')
-    if nan == "raise":
-        bad = _core.count_nonfinite(values.reshape(-1))
-        if bad:
-            raise nonfinite_error(bad, values.size)
-    elif info.is_float and np.isnan(values).any():
-        return np.where(np.isnan(values), values.dtype.type(0), values)  # integer loops do this themselves
-    return values
+
+
+def refuse_nonfinite(values: NDArray[Any]) -> None:
+    """Raise ValueError if some are NaN or infinite, saying how many."""
+    bad = _core.count_nonfinite(values.reshape(-1))
+    if bad:
+        raise nonfinite_error(bad, values.size)
 
 
 def quantize_walk(
@@ -64,14 +64,17 @@ def quantize_walk(
     zeros: Any,
     low: int,
     high: int,
+    nan: str,
     into: NDArray[Any] | None = None,
 ) -> NDArray[Any]:
-    """Quantize checked values, into an array that `_target` gave or a new one."""
+    """Quantize checked values, into an array that `out_target` gave or a new one."""
     codes = np.empty(values.shape, np.uint8) if into is None else into.view(np.uint8)
     if info.is_float:
-        _core.quantize_float8(values.reshape(-1), scales, granules.walk, info.name, codes.reshape(-1))
+        nonfinite = _core.quantize_float8(values.reshape(-1), scales, granules.walk, info.name, codes.reshape(-1))
     else:
-        _core.quantize(values.reshape(-1), scales, zeros, granules.walk, low, high, codes.reshape(-1))
+        nonfinite = _core.quantize(values.reshape(-1), scales, zeros, granules.walk, low, high, codes.reshape(-1))
+    if nonfinite and nan == "raise":
+        refuse_nonfinite(values)
     return codes.view(info.storage)
 
 
@@ -83,7 +86,7 @@ def dequantize_walk(
     zeros: Any,
     into: NDArray[Any] | None = None,
 ) -> NDArray[np.float32]:
-    """Dequantize checked codes to float32, into an array that `_target` gave or a new one."""
+    """Dequantize checked codes to float32, into an array that `out_target` gave or a new one."""
     out = np.empty(codes.shape, np.float32) if into is None else into
     flat = codes.reshape(-1).view(np.uint8)
     if info.is_float:
@@ -101,29 +104,6 @@ def cast_floats(values: NDArray[np.float32], dtype: np.dtype[Any]) -> NDArray[An
         return encode(values, "bfloat16").view(dtype)
     with np.errstate(over="ignore"):
         return values.astype(dtype)
-
-
-def _target(out: NDArray[Any] | None, shape: tuple[int, ...], dtype: Any, source: NDArray[Any]) -> NDArray[Any] | None:
-    """Check a caller's `out`; return it if the native loops can write to it while they read `source`, else None."""
-    if out is None:
-        return None
-    if not isinstance(out, np.ndarray):
-        raise TypeError(f"out must be a numpy.ndarray, not {type(out).__name__}")
-    if out.shape != shape or out.dtype != dtype:
-        raise ValueError(f"out is {out.dtype} of shape {out.shape}; it must be {np.dtype(dtype)} of shape {shape}")
-    if not out.flags.writeable:
-        raise ValueError("out is read-only; pass an array that can be written to")
-    direct = out.flags.c_contiguous and out.flags.aligned and not np.may_share_memory(out, source)
-    return out if direct else None
-
-
-def _deliver(result: NDArray[Any], out: NDArray[Any] | None) -> NDArray[Any]:
-    """Put a result where the caller wants it, unless it was computed there."""
-    if out is None:
-        return result
-    if not np.may_share_memory(result, out):
-        out[...] = result
-    return out
 
 
 def quantize(
@@ -164,7 +144,7 @@ def quantize(
     nan : {"raise", "zero"}
         Raise at NaN and infinities, or map NaN to the zero point and infinities to the ends of the range.
     out : numpy.ndarray, optional
-        Where to write the codes; of the result's shape and dtype.
+        Where to write the codes; of the result's shape and dtype. After an error for NaN it may have been written to.
 
     Returns
     -------
@@ -182,9 +162,9 @@ def quantize(
     values = as_float_array(x)
     granules, scales, zeros = _parameters(values.shape, scale, zero_point, info, axis, group_size)
     low, high = code_range(info, quant_min, quant_max)
-    into = _target(out, values.shape, info.storage, values)
-    values = check_nan(values, nan, info)
-    return _deliver(quantize_walk(values, info, granules, scales, zeros, low, high, into), out)
+    check_nan(nan)
+    into = out_target(out, values.shape, info.storage, values)
+    return deliver(quantize_walk(values, info, granules, scales, zeros, low, high, nan, into), out)
 
 
 def dequantize(
@@ -225,9 +205,9 @@ def dequantize(
         raise ValueError(f"out_dtype={wanted.name} has no room for values; use float32, float64, float16 or bfloat16")
     array = _as_codes(array, info)
     granules, scales, zeros = _parameters(array.shape, scale, zero_point, info, axis, group_size)
-    into = _target(out, array.shape, wanted, array)
+    into = out_target(out, array.shape, wanted, array)
     into = into if wanted == np.float32 else None
-    return _deliver(cast_floats(dequantize_walk(array, info, granules, scales, zeros, into), wanted), out)
+    return deliver(cast_floats(dequantize_walk(array, info, granules, scales, zeros, into), wanted), out)
 
 
 def _as_codes(array: NDArray[Any], info: CodeDType) -> NDArray[Any]:
@@ -271,13 +251,18 @@ def fake_quantize(
     granules, scales, zeros = _parameters(values.shape, scale, zero_point, info, axis, group_size)
     low, high = code_range(info, quant_min, quant_max)
     wanted = x.dtype.newbyteorder("=") if isinstance(x, np.ndarray) else np.dtype(np.float32)
-    into = _target(out, values.shape, wanted, values)
+    into = out_target(out, values.shape, wanted, values)
     into = into if wanted == np.float32 else None
-    values = check_nan(values, nan, info)
+    check_nan(nan)
     result = np.empty(values.shape, np.float32) if into is None else into
     float8 = info.name if info.is_float else None
-    _core.fake_quantize(values.reshape(-1), scales, zeros, granules.walk, low, high, float8, result.reshape(-1))
-    return _deliver(cast_floats(result, wanted), out)
+    flat = values.reshape(-1)
+    if _core.fake_quantize(flat, scales, zeros, granules.walk, low, high, float8, result.reshape(-1)):
+        if nan == "raise":
+            refuse_nonfinite(values)
+        if info.is_float:  # the float8 loop keeps NaN
+            result[np.isnan(values)] = 0.0
+    return deliver(cast_floats(result, wanted), out)
 
 
 def sqnr(x: ArrayLike, y: ArrayLike) -> float:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -47,13 +48,48 @@ def check_like(out: object, name: str, like: F32) -> F32:
     return out
 
 
-class Parameters(dict[str, F32]):
-    """Arrays by name. Assigning to a name writes into its array, which layer and optimizer go on sharing."""
+class Parameters(Mapping[str, F32]):
+    """Arrays by name. Assigning to a name writes into its array, which layer and optimizer go on sharing.
+
+    A number fills the array; anything else must have its shape. `copy.deepcopy` gives arrays that nothing else shares,
+    and `update` takes them (or any mapping of arrays) back.
+    """
+
+    def __init__(self, arrays: Mapping[str, F32]) -> None:
+        self._arrays = dict(arrays)
+
+    def __getitem__(self, name: str) -> F32:
+        if name not in self._arrays:
+            raise KeyError(
+                f"{name!r} is none of the parameters {', '.join(self._arrays) or '(none)'}; learned scales and zero "
+                "points appear with data"
+            )
+        return self._arrays[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._arrays)
+
+    def __len__(self) -> int:
+        return len(self._arrays)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._arrays
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._arrays!r})"
 
     def __setitem__(self, name: str, value: ArrayLike) -> None:
         array = self[name]
-        if value is not array:  # what `params[name] -= step` assigns in the end is the array itself
-            array[...] = value
+        if value is array:  # what `params[name] -= step` assigns in the end is the array itself
+            return
+        if np.ndim(value) and np.shape(value) != array.shape:
+            raise ValueError(f"{name} has shape {array.shape}; it cannot take values of shape {np.shape(value)}")
+        array[...] = value
+
+    def update(self, *values: Any, **named: ArrayLike) -> None:
+        """Assign to several names, as `dict.update` does."""
+        for name, value in dict(*values, **named).items():
+            self[name] = value
 
 
 class _GroupObserver:
@@ -91,6 +127,22 @@ class _GroupObserver:
         if self._qparams is None:
             raise RuntimeError("no data yet")
         return self._qparams
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "class": type(self).__name__,
+            "ends": None if self._ends is None else [end.copy() for end in self._ends],
+            "qparams": None if self._qparams is None else self._qparams.to_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if set(state) != set(self.state_dict()) or state["class"] != type(self).__name__:
+            raise ValueError(f"the state is one of {state.get('class')!r}, not of groups")
+        self._qparams = None if state["qparams"] is None else QParams.from_dict(state["qparams"])
+        self._ends = None
+        if state["ends"] is not None:
+            low, high = (np.array(end, np.float64) for end in state["ends"])
+            self._ends = (low, high)
 
 
 class FakeQuantize:
@@ -164,9 +216,11 @@ class FakeQuantize:
     def __init__(self, config: FakeQuantConfig | None = None, *, forget: bool = False, **options: Any) -> None:
         config = FakeQuantConfig() if config is None else config
         if not isinstance(config, FakeQuantConfig):
-            raise TypeError(f"config must be a FakeQuantConfig, not {type(config).__name__}")
+            raise TypeError(
+                f"config must be a FakeQuantConfig, not {type(config).__name__}; wrap it: FakeQuantConfig(config)"
+            )
         self._config = config
-        quant = config.quant
+        quant = self._quant = config.simulated
         self._observer: Observer | _GroupObserver
         if quant.granularity is QuantGranularity.PER_GROUP:
             self._observer = _GroupObserver(quant, config.observer, options)
@@ -244,6 +298,8 @@ class FakeQuantize:
     def observe(self, x: ArrayLike) -> None:
         """Take x into account, whatever the state.
 
+        A scale that is learned already is not moved by it: `enable_observer` first.
+
         Raises
         ------
         TypeError, ValueError
@@ -280,7 +336,7 @@ class FakeQuantize:
             return self._learned()
         if self._qparams is None:
             try:
-                self._qparams = self._observer.qparams(self._config.quant)
+                self._qparams = self._observer.qparams(self._quant)
             except RuntimeError:
                 raise RuntimeError(self._no_data()) from None
         return self._qparams
@@ -300,6 +356,53 @@ class FakeQuantize:
         except RuntimeError:
             return False
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return states, what was observed and what was learned: plain arrays (copies), numbers, strings and None."""
+        return {
+            "observing": self._observing,
+            "quantizing": self._quantizing,
+            "learning": self._learning,
+            "observer": self._observer.state_dict(),
+            "qparams": None if self._qparams is None else self._qparams.to_dict(),
+            "params": {name: array.copy() for name, array in self._params.items()},
+            "last_scale": None if self._last_scale is None else self._last_scale.copy(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where the one that `state` came from was; its config and options must have been the same.
+
+        Learned arrays of the same shape are written into, so that an optimizer goes on sharing them.
+
+        Raises
+        ------
+        ValueError
+            If entries are missing or unknown, or do not fit the config. This one is then as it was before.
+        """
+        if set(state) != set(self.state_dict()):
+            raise ValueError(f"the state has the entries {sorted(state)}; needed are {sorted(self.state_dict())}")
+        observer = copy.deepcopy(self._observer)
+        observer.load_state_dict(state["observer"])
+        qparams = None if state["qparams"] is None else QParams.from_dict(state["qparams"])
+        if qparams is not None:
+            self._check_own(qparams)
+        params = {name: np.array(array, np.float32) for name, array in state["params"].items()}
+        if params:
+            names = {"scale"} if self._quant.is_symmetric else {"scale", "zero_point"}
+            arrays = [*params.values(), np.asarray(state["last_scale"])]
+            if set(params) != names or not self._config.learnable or len({a.shape for a in arrays}) > 1:
+                raise ValueError(f"the state's params {sorted(params)} are not those of {self._config!r}, of one shape")
+        self._observing, self._quantizing, self._learning = (
+            bool(state[name]) for name in ("observing", "quantizing", "learning")
+        )
+        self._observer, self._qparams, self._grads = observer, qparams, {}
+        self._saved = self._passed = None
+        for name, array in self._params.items():
+            if name in params and params[name].shape == array.shape:
+                array[...] = params[name]
+                params[name] = array
+        self._params = params
+        self._last_scale = np.array(state["last_scale"], np.float32) if params else None
+
     def set_qparams(self, qparams: QParams) -> None:
         """Use one's own scale and zero point (those of an earlier training ...) and observe no more.
 
@@ -315,7 +418,15 @@ class FakeQuantize:
         """
         if not isinstance(qparams, QParams):
             raise TypeError(f"qparams must be a QParams, not {type(qparams).__name__}")
-        quant = self._config.quant
+        self._check_own(qparams)
+        self._observing = False
+        self._qparams = qparams
+        if self._config.learnable:
+            self._take(qparams)
+
+    def _check_own(self, qparams: QParams) -> None:
+        """Refuse parameters of other codes than the config's."""
+        quant = self._quant
         wanted = (quant.dtype, quant.quant_min, quant.quant_max, quant.axis, quant.group_size)
         found = (qparams.dtype, qparams.quant_min, qparams.quant_max, qparams.axis, qparams.group_size)
         if wanted != found:
@@ -326,10 +437,6 @@ class FakeQuantize:
             raise ValueError(f"{quant!r} has the fixed zero point {quant.symmetric_zero_point}; make it asymmetric")
         if not np.array_equal(round_scale(qparams.scale.astype(np.float64), quant.scale_dtype), qparams.scale):
             raise ValueError(f"qparams' scale is not exact in {quant.scale_dtype}; round it first")
-        self._observing = False
-        self._qparams = qparams
-        if self._config.learnable:
-            self._take(qparams)
 
     def _forget_params(self) -> None:
         self._params, self._grads, self._last_scale = {}, {}, None
@@ -337,14 +444,14 @@ class FakeQuantize:
     def _take(self, qparams: QParams) -> None:
         """Make observed parameters learned ones."""
         self._params = {"scale": np.array(qparams.scale)}
-        if not self._config.quant.is_symmetric:
+        if not self._quant.is_symmetric:
             zero = np.broadcast_to(qparams.zero_point, qparams.scale.shape)
             self._params["zero_point"] = np.array(zero, np.float32)
         self._last_scale = self._params["scale"].copy()
         self._observing = False
 
     def _learned(self) -> QParams:
-        quant, scale = self._config.quant, self._params["scale"]
+        quant, scale = self._quant, self._params["scale"]
         zero = self._params.get("zero_point")
         for name, array in self._params.items():
             if not np.isfinite(array).all():
@@ -432,7 +539,7 @@ class FakeQuantize:
                 return array
             out[...] = array
             return out
-        qparams, quant = self.qparams, self._config.quant
+        qparams, quant = self.qparams, self._quant
         if self._config.learnable and not self._params:
             self._take(qparams)
         granules = Granules.of_config(array.shape, quant)
@@ -450,7 +557,7 @@ class FakeQuantize:
         return y
 
     def _codes(self) -> tuple[int, int, str | None]:
-        quant = self._config.quant
+        quant = self._quant
         return (0, 0, quant.dtype) if quant.info.is_float else (int(quant.quant_min), int(quant.quant_max), None)
 
     def backward(self, dy: ArrayLike, out: F32 | None = None) -> F32:
@@ -492,13 +599,15 @@ class FakeQuantize:
         dx = np.empty(x.shape, np.float32) if dx is None else dx
         if np.may_share_memory(dx, x):
             raise ValueError("out shares memory with x, which is read while it is written; pass another array")
+        if np.may_share_memory(dx, gradient) and dx.ctypes.data != gradient.ctypes.data:
+            raise ValueError("out overlaps dy, shifted; pass dy itself or another array")
         names = tuple(self.params)
         sums = [np.zeros(scales.size) for _ in names]
         _core.fake_quantize_backward(
             x.reshape(-1), gradient.reshape(-1), scales, zeros, granules.walk, *self._codes(), dx.reshape(-1), *sums
         )
         if names:
-            factor = 1.0 / np.sqrt(np.maximum(granules.counts(), 1) * float(self._config.quant.quant_max))
+            factor = 1.0 / np.sqrt(np.maximum(granules.counts(), 1) * float(self._quant.quant_max))
             if len(sums) == 2:
                 sums[1] *= -scales.astype(np.float64)
             with np.errstate(over="ignore"):  # Inf, which the next call refuses by name if a step makes it a scale
@@ -514,7 +623,7 @@ class FakeQuantize:
         Nothing is observed and nothing kept. int8 for int8 and int4, uint8 for the others; RuntimeError before data.
         """
         q = self.qparams
-        low, high = (None, None) if self._config.quant.info.is_float else (int(q.quant_min or 0), int(q.quant_max or 0))
+        low, high = (None, None) if self._quant.info.is_float else (int(q.quant_min or 0), int(q.quant_max or 0))
         return quantize(
             as_float32(x), q.scale, q.zero_point, q.dtype, q.axis,
             group_size=q.group_size, quant_min=low, quant_max=high,

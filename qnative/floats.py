@@ -9,11 +9,12 @@ from numpy.typing import ArrayLike, NDArray
 
 from qnative import _core
 
-__all__ = ["as_float_array", "decode", "encode", "float_dtype"]
+__all__ = ["as_float_array", "decode", "deliver", "encode", "float_dtype", "out_target", "plain_array"]
 
 _FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
 _FLOAT16 = ("float16", "bfloat16")
 _NAMES = _FLOAT8 + _FLOAT16
+_AS_THEY_ARE = (np.dtype(np.float32), np.dtype(np.float64))  # in native byte order
 
 
 def _name_of(dtype: object) -> str:
@@ -21,6 +22,21 @@ def _name_of(dtype: object) -> str:
     if name not in _NAMES:
         raise ValueError(f"{dtype!r} is not a format that can be encoded; choose one of {', '.join(_NAMES)}")
     return str(name)
+
+
+def plain_array(x: ArrayLike) -> NDArray[Any]:
+    """Return x as a `numpy.ndarray` itself, without a copy where it is one or a subclass of it (`numpy.memmap`, ...).
+
+    Raises
+    ------
+    TypeError
+        For masked arrays: nothing here would heed the mask.
+    """
+    if type(x) is np.ndarray:
+        return x
+    if isinstance(x, np.ndarray) and isinstance(x, np.ma.MaskedArray):
+        raise TypeError("a masked array's mask would be ignored; pass x.filled(value), or x.data if that is meant")
+    return np.asarray(x)
 
 
 def as_float_array(x: ArrayLike) -> NDArray[Any]:
@@ -32,22 +48,22 @@ def as_float_array(x: ArrayLike) -> NDArray[Any]:
     Raises
     ------
     TypeError
-        For integers, booleans, complex numbers and objects: say what they mean with ``.astype(np.float32)`` first.
+        For integers, booleans, complex numbers and objects: say what they mean with ``.astype(np.float32)`` first. For
+        masked arrays.
     """
-    array = np.asarray(x)
+    array = plain_array(x)
+    if array.dtype in _AS_THEY_ARE and array.flags.c_contiguous and array.flags.aligned:
+        return array
     if isinstance(x, int) and not isinstance(x, bool):
         array = np.asarray(float(x))
     if array.dtype.name in _NAMES:
-        return array.astype(np.float32, order="C") if array.dtype.kind == "f" else decode(array, array.dtype.name)
+        return decode(array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("=")), array.dtype.name)
     if array.dtype.kind != "f" or array.dtype.itemsize > 8:
         raise TypeError(
             f"expected an array of float16, bfloat16, float32 or float64, not {array.dtype}; "
             "convert it with .astype(np.float32) if its values are meant as real numbers"
         )
-    native = array.dtype.newbyteorder("=")
-    if array.dtype == native and array.flags.c_contiguous and array.flags.aligned:
-        return array
-    return np.array(array, dtype=native, order="C")
+    return np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
 
 
 def float_dtype(name: object) -> np.dtype[Any]:
@@ -65,7 +81,34 @@ def float_dtype(name: object) -> np.dtype[Any]:
     return dtype
 
 
-def encode(x: ArrayLike, dtype: object, saturate: bool | None = None) -> NDArray[Any]:
+def out_target(
+    out: NDArray[Any] | None, shape: tuple[int, ...], dtype: Any, source: NDArray[Any]
+) -> NDArray[Any] | None:
+    """Check a caller's `out`; return it if the native loops can write to it while they read `source`, else None."""
+    if out is None:
+        return None
+    if not isinstance(out, np.ndarray):
+        raise TypeError(f"out must be a numpy.ndarray, not {type(out).__name__}")
+    if out.shape != shape or out.dtype != dtype:
+        raise ValueError(f"out is {out.dtype} of shape {out.shape}; it must be {np.dtype(dtype)} of shape {shape}")
+    if not out.flags.writeable:
+        raise ValueError("out is read-only; pass an array that can be written to")
+    direct = out.flags.c_contiguous and out.flags.aligned and not np.may_share_memory(out, source)
+    return out if direct else None
+
+
+def deliver(result: NDArray[Any], out: NDArray[Any] | None) -> NDArray[Any]:
+    """Put a result where the caller wants it, unless it was computed there."""
+    if out is None:
+        return result
+    if not np.may_share_memory(result, out):
+        out[...] = result
+    return out
+
+
+def encode(
+    x: ArrayLike, dtype: object, saturate: bool | None = None, *, out: NDArray[Any] | None = None
+) -> NDArray[Any]:
     """Encode values as the codes (bit patterns) of a small floating-point format.
 
     Rounds once, to nearest, ties to even, from the input's own precision (float64 too). NaN stays NaN; the sign of
@@ -82,6 +125,8 @@ def encode(x: ArrayLike, dtype: object, saturate: bool | None = None) -> NDArray
         True: everything beyond the largest finite value, infinities too, becomes that value (448, 57344, 240, 57344,
         65504, 3.39e38). False: it becomes Inf, or NaN in the formats that have no Inf. Default: True for float8,
         False for float16 and bfloat16, as each is customarily used.
+    out : numpy.ndarray, optional
+        Where to write the codes; of the result's shape and dtype.
 
     Returns
     -------
@@ -95,13 +140,15 @@ def encode(x: ArrayLike, dtype: object, saturate: bool | None = None) -> NDArray
     name = _name_of(dtype)
     values = as_float_array(x)
     eight = name in _FLOAT8
-    codes = np.empty(values.shape, np.uint8 if eight else np.uint16)
+    kind = np.uint8 if eight else np.uint16
+    into = out_target(out, values.shape, kind, values)
+    codes = np.empty(values.shape, kind) if into is None else into
     loop = _core.encode8 if eight else _core.encode
     loop(values.reshape(-1), name, eight if saturate is None else bool(saturate), codes.reshape(-1))
-    return codes
+    return deliver(codes, out)
 
 
-def decode(codes: ArrayLike, dtype: object) -> NDArray[np.float32]:
+def decode(codes: ArrayLike, dtype: object, *, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
     """Decode the codes of a small floating-point format to float32; every value is exact.
 
     Parameters
@@ -110,6 +157,8 @@ def decode(codes: ArrayLike, dtype: object) -> NDArray[np.float32]:
         As `encode` returns them, or an ml_dtypes / float16 array of that format.
     dtype : str
         As for `encode`.
+    out : numpy.ndarray, optional
+        Where to write the values; float32, of the codes' shape.
 
     Returns
     -------
@@ -129,11 +178,7 @@ def decode(codes: ArrayLike, dtype: object) -> NDArray[np.float32]:
             raise ValueError(f"codes of {name} lie in 0..{largest}, not {array.min()}..{array.max()}")
         array = array.astype(wanted)
     shape, array = array.shape, np.require(array, wanted, ["C_CONTIGUOUS", "ALIGNED"])
-    if name == "float16":
-        return array.view(np.float16).astype(np.float32).reshape(shape)
-    out = np.empty(shape, np.float32)
-    if name == "bfloat16":
-        _core.decode_bfloat16(array.reshape(-1), out.reshape(-1))
-    else:
-        _core.decode8(array.reshape(-1), name, out.reshape(-1))
-    return out
+    into = out_target(out, shape, np.float32, array)
+    values = np.empty(shape, np.float32) if into is None else into
+    (_core.decode8 if name in _FLOAT8 else _core.decode)(array.reshape(-1), name, values.reshape(-1))
+    return deliver(values, out)

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from qnative import _core, threads
 from qnative.config import CODE_DTYPES, QParams, QuantConfig, qparams_from_range
-from qnative.floats import as_float_array, encode
+from qnative.floats import as_float_array, encode, plain_array
 from qnative.granularity import Granules
 from qnative.tensor import (
     QuantizedTensor,
@@ -29,6 +29,13 @@ ACTIVATION_FUNCTIONS = ("relu", "gelu", "gelu_tanh", "silu")
 
 _INT32_MAX = 2**31 - 1
 _MAX_IN_FEATURES = 1 << 23
+#: Attributes that a layer sets itself. What else an object has, a derived class or a user has put there.
+_FIELDS = frozenset(
+    f"_{name}"
+    for name in (
+        "shape", "dtype", "config", "activations", "static", "activation", "output", "out_dtype", "bias_dtype", "wide",
+    )
+)  # fmt: skip
 
 
 class QuantizedLinear(_core.PackedLinear):
@@ -110,7 +117,8 @@ class QuantizedLinear(_core.PackedLinear):
         self._out_dtype = np.dtype(np.float32) if self._output is None else np.dtype(self._output.dtype)
         if self.in_features > _MAX_IN_FEATURES:
             raise ValueError(
-                f"in_features={self.in_features} is above {_MAX_IN_FEATURES}, where sums of codes fit int32"
+                f"in_features={self.in_features} is above {_MAX_IN_FEATURES}, up to which sums of codes fit int32; cut "
+                "the weights along in_features into layers and add their outputs"
             )
 
     # Building
@@ -182,7 +190,7 @@ class QuantizedLinear(_core.PackedLinear):
     def _check_bias(self, bias: ArrayLike | None) -> NDArray[Any] | None:
         if bias is None:
             return None
-        given = np.asarray(bias)
+        given = plain_array(bias)
         if given.shape != (self.out_features,):
             raise ValueError(f"bias has shape {given.shape}; it must be ({self.out_features},), the out_features")
         if given.dtype == np.int32:
@@ -266,7 +274,7 @@ class QuantizedLinear(_core.PackedLinear):
 
     def _as_input(self, x: ArrayLike) -> NDArray[Any]:
         """Return x as float32, or as codes, C-contiguous, aligned and in native byte order; explain what cannot be."""
-        array = x if isinstance(x, np.ndarray) else np.asarray(x)
+        array = plain_array(x)
         if array.ndim < 1 or array.shape[-1] != self._shape[1]:
             raise ValueError(f"x has shape {array.shape}; its last dimension must be in_features={self._shape[1]}")
         if self._static and array.dtype == _input_dtype(self._activations):
@@ -283,6 +291,8 @@ class QuantizedLinear(_core.PackedLinear):
         shape = (*x.shape[:-1], self.out_features)
         if not isinstance(out, np.ndarray):
             raise TypeError(f"out must be a numpy.ndarray, not {type(out).__name__}")
+        if isinstance(out, np.ma.MaskedArray):
+            raise TypeError("out is a masked array, whose mask would hide results; pass out.data")
         if out.shape != shape or out.dtype != self._out_dtype:
             raise ValueError(f"out is {out.dtype} of shape {out.shape}; it must be {self._out_dtype} of shape {shape}")
         if not (out.flags.c_contiguous and out.flags.aligned and out.flags.writeable):
@@ -461,7 +471,12 @@ class QuantizedLinear(_core.PackedLinear):
 
     def __reduce__(self) -> tuple[Any, ...]:
         settings = {"activation": self._activation, "output": self._output}
-        return _rebuild, (self.weight_quantized(), self.bias, self._activations, settings)
+        arguments = (type(self), self.weight_quantized(), self.bias, self._activations, settings)
+        added = {name: value for name, value in vars(self).items() if name not in _FIELDS}
+        return (_rebuild, arguments, added) if added else (_rebuild, arguments)
+
+    def __setstate__(self, added: dict[str, Any]) -> None:
+        vars(self).update(added)
 
     def __repr__(self) -> str:
         how = self._activations
@@ -521,7 +536,7 @@ def _row_parameters(weight: ArrayLike, config: QuantConfig) -> tuple[NDArray[np.
 
     None where they have to go the long way: other formats and granularities, other floats, what is not finite.
     """
-    array = np.asarray(weight)
+    array = plain_array(weight)
     if not isinstance(config, QuantConfig) or config.info.bits != 8 or config.info.is_float:
         return None
     by_rows = config.group_size is None and config.axis in (None, 0, -2)
@@ -537,9 +552,13 @@ def _row_parameters(weight: ArrayLike, config: QuantConfig) -> tuple[NDArray[np.
 
 
 def _rebuild(
-    tensor: QuantizedTensor, bias: NDArray[Any] | None, activations: str | QParams, settings: dict[str, Any]
-) -> QuantizedLinear:
-    return QuantizedLinear(tensor, bias, activations, **settings)
+    kind: type[QuantizedLinear], tensor: QuantizedTensor, bias: NDArray[Any] | None, activations: str | QParams,
+    settings: dict[str, Any],
+) -> QuantizedLinear:  # fmt: skip
+    """Make the layer of a pickle or a copy; a derived class's own __init__ does not run, as with any pickle."""
+    layer = kind.__new__(kind)
+    QuantizedLinear.__init__(layer, tensor, bias, activations, **settings)
+    return layer
 
 
 def _stored_offset(config: QuantConfig) -> int:

@@ -91,6 +91,7 @@ class Observer(ABC):
 
     def reset(self) -> None:
         """Forget everything seen."""
+        self._torn = False
         self._channels: int | None = None
         self._dimensions: set[int] = set()
         self._statistics: dict[str, Statistic] = {}
@@ -117,7 +118,10 @@ class Observer(ABC):
         ValueError
             If `x` has NaNs or infinities and they are not skipped, lacks `axis`, or has another number of channels than
             earlier batches. The observer is then as it was before.
+        RuntimeError
+            If an earlier call was broken off, by Ctrl-C say: only part of its batch was counted. `reset()` helps.
         """
+        self._check_torn()
         x = np.asarray(x)
         channels = 1
         if self.axis is not None:
@@ -139,6 +143,7 @@ class Observer(ABC):
                 f"{skipped.sum()} of {x.size} values are NaN or infinite and have no place in a range; clean the data, "
                 "or make the observer with nonfinite='skip' to skip and count them"
             )
+        self._torn = True  # until all of the batch is counted
         if self._channels is None:
             self._allocate(channels)
         if self.axis is not None:
@@ -157,6 +162,16 @@ class Observer(ABC):
                 finite = np.isfinite(rows) if skipped.any() else None
                 for statistic in readers:
                     statistic.add(rows, finite)
+        for statistic in self._statistics.values():
+            statistic.finish()
+        self._torn = False
+
+    def _check_torn(self) -> None:
+        if self._torn:
+            raise RuntimeError(
+                f"{self!r} was broken off (Ctrl-C, or an error) when only part of a batch was counted, and has no "
+                "right answer; reset() it and observe again"
+            )
 
     def merge(self, other: Observer) -> Observer:
         """Take everything into account that `other` has seen, and return self; `other` stays as it is.
@@ -170,15 +185,18 @@ class Observer(ABC):
         """
         if type(other) is not type(self):
             raise TypeError(f"cannot merge {other!r} into {self!r}; both must be of one class")
+        self._check_torn()
+        other._check_torn()
         for name in ("axis", *self.options):
             if name != "nonfinite" and getattr(self, name) != getattr(other, name):
                 raise ValueError(f"cannot merge {other!r} into {self!r}: {name} differs")
         if other._channels is None:
             return self
+        if self._channels not in (None, other._channels):
+            raise ValueError(f"cannot merge an observer of {other._channels} channels into one of {self._channels}")
+        self._torn = True
         if self._channels is None:
             self._allocate(other._channels)
-        if self._channels != other._channels:
-            raise ValueError(f"cannot merge an observer of {other._channels} channels into one of {self._channels}")
         np.minimum(self._low, other._low, out=self._low)
         np.maximum(self._high, other._high, out=self._high)
         self._count += other._count
@@ -186,14 +204,16 @@ class Observer(ABC):
         self._dimensions |= other._dimensions
         for name, statistic in self._statistics.items():
             statistic.merge(other._statistics[name])
+        self._torn = False
         return self
 
     # Answers
 
     def _shaped(self, x: NDArray[Any]) -> NDArray[Any]:
-        return x.reshape(()) if self.axis is None else x.copy()
+        return (x.reshape(()) if self.axis is None else x).copy()
 
     def _seen(self) -> None:
+        self._check_torn()
         if self._channels is None or not self._count.all():
             what = "data"
             if self._channels is not None and self.axis is not None:
@@ -300,6 +320,7 @@ class Observer(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything the observer knows as plain arrays (copies), numbers, strings and None."""
+        self._check_torn()
         state: dict[str, Any] = {"class": type(self).__name__, "axis": self.axis}
         state.update((name, getattr(self, name)) for name in self.options)
         state["channels"] = self._channels
@@ -392,8 +413,8 @@ class MovingAverageObserver(Observer):
     """A moving average of the batches' ends (Jacob et al., CVPR 2018): ``m += c * (batch - m)``.
 
     It depends on how the stream is cut into batches, and on their order, by definition: a batch is what one `observe`
-    takes. Merging is to go on where this observer stopped with the batches of the other, in this order, to float64
-    rounding. `min_val` and `max_val` are the averages.
+    takes. Merging is to go on where this observer stopped with the batches of the other, in this order: to float64
+    rounding, and bit for bit where the other has seen one batch. `min_val` and `max_val` are the averages.
 
     Parameters
     ----------
@@ -467,7 +488,7 @@ class MeanStdObserver(Observer):
     """The mean +- some standard deviations of the whole stream, never wider than the data.
 
     Moments are combined in float64 (Chan, Golub and LeVeque, 1983); another batching or another order of merging agrees
-    to 1e-12 relative, not bit for bit.
+    to 1e-12 relative, not bit for bit. (Batches observed one by one elsewhere and merged in the same order do.)
 
     Parameters
     ----------

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -80,8 +81,10 @@ class QATLinear:
         activation: FakeQuantConfig | str | None = None,
     ) -> None:
         self._weight = np.array(as_float32(weights))
-        if self._weight.ndim != 2:
-            raise ValueError(f"weights have shape {self._weight.shape}; they must be (out_features, in_features)")
+        if self._weight.ndim != 2 or not self._weight.size:
+            raise ValueError(
+                f"weights have shape {self._weight.shape}; they must be (out_features, in_features), at least 1 each"
+            )
         self._bias = None if bias is None else np.array(as_float32(bias))
         if self._bias is not None and self._bias.shape != (self.out_features,):
             raise ValueError(f"bias has shape {self._bias.shape}; it must be ({self.out_features},), the out_features")
@@ -210,8 +213,8 @@ class QATLinear:
     def calibrate(self, batches: Iterable[ArrayLike]) -> None:
         """Find the input's range from data before training, and settle on it: nothing is observed afterwards.
 
-        Learned scales start from here. Without this, the first training batch decides (learned scales), or every batch
-        is observed while training goes on.
+        A learned input scale starts from here, anew if there was one. Without this, the first training batch decides
+        (learned scales), or every batch is observed while training goes on.
 
         Parameters
         ----------
@@ -224,16 +227,56 @@ class QATLinear:
             If there is no batch, or one has another shape.
         """
         if self._input_quantizer is not None:
-            count = 0
+            seen = False
             for batch in batches:
-                self._input_quantizer.observe(self._as_input(batch))
-                count += 1
-            if not count:
+                array = self._as_input(batch)
+                if not seen:
+                    self._input_quantizer.enable_observer()
+                self._input_quantizer.observe(array)
+                seen = True
+            if not seen:
                 raise ValueError("there is no batch to calibrate with; give at least one")
             self._input_quantizer.initialize()
         if self._weight_quantizer.config.learnable and not self._weight_quantizer.has_scale:
             self._weight_quantizer.observe(self._weight)
             self._weight_quantizer.initialize()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that training changes, to go on from later: plain arrays (copies), numbers and strings.
+
+        Nested dicts: ``"weight"``, ``"bias"`` and the `FakeQuantize.state_dict` of each quantizer.
+        """
+        quantizers = {f"{prefix}_quantizer": q.state_dict() for prefix, q in self._quantizers.items()}
+        return {"weight": self._weight.copy(), "bias": None if self._bias is None else self._bias.copy()} | quantizers
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where the layer that `state` came from was; its sizes and configs must have been the same.
+
+        Arrays in `params` are written into, so that an optimizer goes on sharing them.
+
+        Raises
+        ------
+        ValueError
+            If entries are missing or unknown, or do not fit. The layer is then as it was before.
+        """
+        mine = self.state_dict()
+        if set(state) != set(mine):
+            raise ValueError(f"the state has the entries {sorted(state)}; needed are {sorted(mine)}")
+        for name, array in (("weight", self._weight), ("bias", self._bias)):
+            shape = None if array is None else array.shape
+            found = None if state[name] is None else np.shape(state[name])
+            if shape != found:
+                raise ValueError(f"the state's {name} has shape {found}; this layer's has {shape}")
+        try:
+            for prefix, quantizer in self._quantizers.items():
+                quantizer.load_state_dict(state[f"{prefix}_quantizer"])
+        except ValueError:
+            self._weight_quantizer.load_state_dict(mine["weight_quantizer"])
+            raise
+        self._weight[...] = state["weight"]
+        if self._bias is not None:
+            self._bias[...] = state["bias"]
+        self._grads, self._saved = {}, None
 
     def freeze(self) -> None:
         """Keep every scale and zero point as it is from now on; weights and bias can still be trained."""
@@ -357,28 +400,34 @@ def tensor_from_torch(
     dtype: str = "int8",
     axis: int | None = None,
     *,
+    group_size: int | None = None,
     quant_min: int | None = None,
     quant_max: int | None = None,
 ) -> QuantizedTensor:
     """Take over weights trained with PyTorch's fake quantization, given as arrays, with the codes they trained with.
 
-    PyTorch multiplies with the reciprocal, ``clamp(rint(weight * (1 / scale)) + zero_point, quant_min, quant_max)`` in
-    float32, where `quantize` divides; about one weight in a million falls on another code. This is PyTorch's rule.
+    PyTorch, torchao too, multiplies with the reciprocal in float32, ``clamp(rint(weight * (1 / scale)) + zero_point,
+    quant_min, quant_max)``, where `quantize` divides; about one weight in a million falls on another code. This is
+    PyTorch's rule.
 
     Parameters
     ----------
     weight : array_like of float
         The float weights (``layer.weight.detach().numpy()``), any shape; float32.
     scale : array_like of float
-        Shape () or (1,) per tensor; (channels,) with `axis`.
+        Those of the forward pass (a module's ``scale``). Shape () or (1,) per tensor; (channels,) with `axis`; with
+        `group_size` the weights' shape, its axis divided by the group size.
     zero_point : array_like
-        Of `scale`'s shape. Learned (float) zero points are rounded and clamped as PyTorch's forward pass does.
+        Of `scale`'s shape or (). Learned (float) zero points are rounded and clamped as PyTorch's forward pass does.
     dtype : {"int8", "uint8", "int4", "uint4"}
         The codes' dtype.
     axis : int, optional
-        The axis of the channels.
+        The axis of the channels, or along which groups run (then -1 by default).
+    group_size : int, optional
+        Elements a group. Where torchao gives scales of shape (out_features, 1), that is in_features.
     quant_min, quant_max : int, optional
-        The range PyTorch clamped to; the dtype's full range by default, as there.
+        The range PyTorch clamped to; the dtype's full range by default, as there. Codes of fewer bits are stored as
+        int4 or uint4: 2 bits as ``dtype="int4", quant_min=-2, quant_max=1``.
 
     Returns
     -------
@@ -412,17 +461,29 @@ def tensor_from_torch(
     if not np.isfinite(zeros).all():
         raise ValueError("zero_point holds NaN or infinities")
     zeros = np.clip(np.rint(zeros), low, high)
-    qparams = QParams(scales, zeros, info.name, low, high, axis)
+    axis = -1 if axis is None and group_size is not None else axis
+    if group_size is not None and scales.ndim != values.ndim:
+        raise ValueError(f"scale has shape {scales.shape}; with group_size it has {values.ndim} dimensions, as weight")
+    qparams = QParams(scales, zeros, info.name, low, high, axis, group_size)
     config = qparams.config
     granules = Granules.of_config(values.shape, config)
     if granules.shape != scales.shape:
         raise ValueError(f"scale has shape {scales.shape}; weights of shape {values.shape} need {granules.shape}")
     if not np.isfinite(values).all():
         raise ValueError(f"{np.count_nonzero(~np.isfinite(values))} of {values.size} weights are NaN or infinite")
-    along = () if axis is None else [-1 if i == axis % values.ndim else 1 for i in range(values.ndim)]
+
+    def along(parameters: NDArray[Any]) -> NDArray[Any]:
+        """Lay parameters along the weights."""
+        if axis is None:
+            return parameters
+        if group_size is None:
+            return parameters.reshape([-1 if i == axis % values.ndim else 1 for i in range(values.ndim)])
+        of_each = np.arange(values.shape[axis]) // group_size
+        return np.take(parameters, of_each, axis)
+
     with np.errstate(over="ignore"):
-        rounded = np.rint(values * (np.float32(1) / scales).reshape(along))
-    zero = np.broadcast_to(zeros, scales.shape).reshape(along)
+        rounded = np.rint(values * along(np.float32(1) / scales))
+    zero = along(np.broadcast_to(zeros, scales.shape))
     codes = np.clip(rounded.astype(np.float64) + zero, low, high).astype(info.storage)
     stored = store_zero_point(qparams.zero_point, granules.shape, config)
     return QuantizedTensor(

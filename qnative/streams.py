@@ -30,6 +30,7 @@ __all__ = [
     "Moments",
     "Statistic",
     "find_ends",
+    "pieces",
     "rows_of",
 ]
 
@@ -51,12 +52,13 @@ SLAB = 1 << 16
 # Walking over an array
 
 
-def _pieces(x: NDArray[Any], axis: int | None, size: int) -> Iterator[NDArray[Any]]:
-    """Cut `x` along its longest dimension (not the channels) into float arrays of about `size` elements."""
-    if axis is None and x.flags.c_contiguous:
+def pieces(x: NDArray[Any], whole: tuple[int, ...], size: int) -> Iterator[NDArray[Any]]:
+    """Cut `x` along its longest dimension, the axes in `whole` excepted, into float arrays of about `size` elements."""
+    if not whole and x.flags.c_contiguous:
         x = x.reshape(-1)
-    lengths = [0 if axis is not None and d == axis % x.ndim else n for d, n in enumerate(x.shape)]
-    if not any(lengths):  # 0-d, or channels of one value
+    kept = {axis % x.ndim for axis in whole}
+    lengths = [0 if d in kept else n for d, n in enumerate(x.shape)]
+    if not any(lengths):  # 0-d, or nothing to cut
         yield as_float_array(x)
         return
     cut = int(np.argmax(lengths))
@@ -67,7 +69,7 @@ def _pieces(x: NDArray[Any], axis: int | None, size: int) -> Iterator[NDArray[An
 
 def rows_of(x: NDArray[Any], axis: int | None) -> Iterator[NDArray[Any]]:
     """Cut `x` into float arrays of shape (channels, n), about `SLAB` elements each; (1, n) when `axis` is None."""
-    for piece in _pieces(x, axis, SLAB):
+    for piece in pieces(x, () if axis is None else (axis,), SLAB):
         if axis is None:
             yield piece.reshape(1, -1)
         else:
@@ -78,9 +80,8 @@ def find_ends(x: NDArray[Any], axis: int | None, channels: int) -> tuple[F64, F6
     """Smallest and largest finite value and number of finite values of each channel (inf, -inf and 0 without any)."""
     low, high = np.full(channels, np.inf), np.full(channels, -np.inf)
     count = np.zeros(channels, np.int64)
-    for piece in _pieces(x, axis, 16 * SLAB):
-        part_low = np.full(channels, np.inf, piece.dtype)
-        part_high = np.full(channels, -np.inf, piece.dtype)
+    for piece in pieces(x, () if axis is None else (axis,), 16 * SLAB):
+        part_low, part_high = np.empty(channels, piece.dtype), np.empty(channels, piece.dtype)
         walk = Granules.of(piece.shape, axis).walk
         if _core.min_max(piece.reshape(-1), walk, part_low, part_high):
             rows = piece.reshape(1, -1) if axis is None else np.moveaxis(piece, axis, 0).reshape(channels, -1)
@@ -118,6 +119,9 @@ class Statistic(ABC):
     def add(self, rows: NDArray[Any], finite: NDArray[np.bool_] | None) -> None:
         """Take float values (channels, n); `finite`, of the same shape, tells which count (None: all)."""
         raise AssertionError(f"{type(self).__name__} reads no values")
+
+    def finish(self) -> None:  # noqa: B027 (most have nothing to do)
+        """Conclude a batch, all of whose values have been added."""
 
     @abstractmethod
     def merge(self, other: Any) -> None:
@@ -183,29 +187,8 @@ class Histogram(Statistic):
 
     def add(self, rows: NDArray[Any], finite: NDArray[np.bool_] | None) -> None:
         """Count values."""
-        if finite is not None:
-            rows = np.where(finite, rows, rows.dtype.type(0))
-            self.zeros -= np.count_nonzero(~finite, axis=1)
-        # All of this is exact where it matters: a product that rounds is below 1, and stays below 1.
-        largest = np.finfo(rows.dtype).maxexp - 1
-        power = np.minimum(SIDE_BITS - self.exponent[:, None], 2 * largest)  # beyond: nothing but zeros so far
-        with np.errstate(all="ignore"):
-            scaled = np.abs(rows)
-            if int(power.max()) > largest:  # 2**power overflows: in two steps
-                scaled *= np.ldexp(rows.dtype.type(1), power // 2)
-                power = power - power // 2
-            scaled *= np.ldexp(rows.dtype.type(1), power)
-            index = scaled.astype(np.int32)
-        index += np.left_shift(rows > 0, SIDE_BITS, dtype=np.int32)
-        zeros = rows.shape[1] - np.count_nonzero(rows, axis=1)
-        self.zeros += zeros
-        # Zeros went to bin 0 of the negative side with the rest, and leave it again.
-        if len(rows) == 1:
-            np.add.at(self.counts.reshape(-1), index.reshape(-1), 1)
-        else:
-            first = np.arange(len(rows), dtype=np.intp)[:, None] * (2 * SIDE)
-            np.add.at(self.counts.reshape(-1), (index + first).reshape(-1), 1)
-        self.counts[:, 0, 0] -= zeros
+        # NaN and infinities, all that `finite` can leave out, are passed over.
+        _core.histogram(rows, SIDE_BITS - self.exponent, self.counts, self.zeros)
 
     def agrees(self, low: F64, high: F64, count: I64) -> bool:
         """Whether the widths are those of the ends, and the counts add up."""
@@ -226,7 +209,11 @@ class Histogram(Statistic):
 
 
 class Moments(Statistic):
-    """Count, mean and sum of squared deviations, combined as Chan, Golub and LeVeque (1983) do."""
+    """Count, mean and sum of squared deviations, combined as Chan, Golub and LeVeque (1983) do.
+
+    Those of a batch come together by themselves and are then combined with the rest in one step, as merging does: so a
+    batch observed here, or observed elsewhere and merged, gives the same bits.
+    """
 
     fields = ("numbers", "mean", "squares")
 
@@ -234,12 +221,15 @@ class Moments(Statistic):
         self.numbers = np.zeros(channels, np.int64)
         self.mean = np.zeros(channels)
         self.squares = np.zeros(channels)
+        self._batch: Moments | None = None
 
     def start(self, low: F64, high: F64) -> None:
-        """Nothing to prepare."""
+        """Begin the batch's own."""
+        self._batch = Moments(len(low))
 
     def add(self, rows: NDArray[Any], finite: NDArray[np.bool_] | None) -> None:
-        """Combine with the moments of these values."""
+        """Combine the batch's with those of these values."""
+        assert self._batch is not None
         values = rows.astype(np.float64)
         with np.errstate(over="ignore", invalid="ignore"):  # near the end of float64: the rule falls back to the ends
             if finite is None:
@@ -250,7 +240,13 @@ class Moments(Statistic):
                 number = np.count_nonzero(finite, axis=1).astype(np.int64)
                 mean = values.sum(axis=1, where=finite) / np.maximum(number, 1)
                 values = np.where(finite, values - mean[:, None], 0.0)
-            self._combine(number, mean, np.square(values, out=values).sum(axis=1))
+            self._batch._combine(number, mean, np.square(values, out=values).sum(axis=1))
+
+    def finish(self) -> None:
+        """Combine with the batch's."""
+        assert self._batch is not None
+        self.merge(self._batch)
+        self._batch = None
 
     def _combine(self, number: I64, mean: F64, squares: F64) -> None:
         total = np.maximum(self.numbers + number, 1)
@@ -273,7 +269,8 @@ class Averages(Statistic):
     """The ends of the first batch, then moved by a constant fraction towards each batch's (Jacob et al., 2018).
 
     The first batch's ends and the number of batches are kept too, so that merging can do what going on would have done:
-    with d = (1 - c)**batches of the other, ``m = theirs + d * (mine - their first)``.
+    with d = (1 - c)**batches of the other, ``m = theirs + d * (mine - their first)``. One batch is taken as observing
+    it takes it, to the same bits.
     """
 
     fields = ("batches", "first_low", "first_high", "average_low", "average_high")
@@ -310,5 +307,10 @@ class Averages(Statistic):
             first, their_first = getattr(self, f"first_{name}"), getattr(other, f"first_{name}")
             average, their_average = getattr(self, f"average_{name}"), getattr(other, f"average_{name}")
             first[new], average[new] = their_first[new], their_average[new]
-            average[both] = their_average[both] + decay * (average[both] - their_first[both])
+            mine_, theirs_ = average[both], their_average[both]
+            average[both] = np.where(
+                other.batches[both] == 1,
+                mine_ + self.constant * (theirs_ - mine_),
+                theirs_ + decay * (mine_ - their_first[both]),
+            )
         self.batches += other.batches

@@ -20,6 +20,7 @@ from qnative.elementwise import (
     dequantize_walk,
     error_sums,
     quantize_walk,
+    refuse_nonfinite,
 )
 from qnative.floats import as_float_array, decode, encode, float_dtype
 from qnative.granularity import Granules, block_min_max
@@ -351,8 +352,10 @@ def quantize_tensor(
         raise TypeError(f"config must be a QuantConfig, not {type(config).__name__}")
     values = as_float_array(x)
     info, granules = config.info, Granules.of_config(values.shape, config)
-    values = check_nan(values, nan, info)
+    check_nan(nan)
     if qparams is None:
+        if nan == "raise" and ObserverMethod(method) is not ObserverMethod.MIN_MAX:  # which looks for itself
+            refuse_nonfinite(values)
         qparams = _find_qparams(values, config, ObserverMethod(method), nan)
     else:
         qparams = _own_qparams(qparams, config, granules, values.ndim)
@@ -360,7 +363,7 @@ def quantize_tensor(
     low, high = code_range(info, config.quant_min, config.quant_max)
     if not info.is_float:  # one's own range may be narrower
         low, high = max(low, int(qparams.quant_min or 0)), min(high, int(qparams.quant_max or 0))
-    codes = quantize_walk(values, info, granules, scales, zeros, low, high)
+    codes = quantize_walk(values, info, granules, scales, zeros, low, high, nan)
     scale = np.broadcast_to(qparams.scale, granules.shape)
     zero = store_zero_point(qparams.zero_point, granules.shape, config)
     data = store_codes(codes, zero, config)

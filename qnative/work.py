@@ -22,7 +22,7 @@ def map_ordered(
 ) -> Iterator[Result]:
     """Yield ``function(item)`` in the order of the items, with a bounded number submitted ahead.
 
-    At an error, and at Ctrl-C, what has not begun is cancelled.
+    At an error, and at Ctrl-C, what has not begun is cancelled, and nothing is waited for.
     """
     if executor is None:
         yield from map(function, items)
@@ -33,13 +33,19 @@ def map_ordered(
     import collections
 
     pending: collections.deque[Any] = collections.deque()
+
+    def oldest() -> Result:
+        result: Result = pending[0].result()  # while it is waited for, it is among those to cancel
+        pending.popleft()
+        return result
+
     try:
         for item in items:
             if len(pending) >= in_flight:
-                yield pending.popleft().result()
+                yield oldest()
             pending.append(executor.submit(function, item))
         while pending:
-            yield pending.popleft().result()
+            yield oldest()
     finally:
         for future in pending:
             future.cancel()

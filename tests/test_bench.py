@@ -313,6 +313,10 @@ def test_reads_count_what_they_do(size: int, pieces: int) -> None:
 def test_words_are_whole() -> None:
     assert bench.words(17).nbytes == 24 and bench.words(17, 4).nbytes == 32
     assert bench.words(64, 2).nbytes == 64
+    for size in (17, 1000, 147_456, 1 << 20, 3 << 22):
+        data = bench.words(size)
+        assert data.ctypes.data % 64 == 0  # loads that straddle lines are slow
+        assert data.flags.c_contiguous and data.all()
 
 
 def test_cold_layers_do_not_share_weights(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -505,6 +505,96 @@ def test_copies_go_their_own_way() -> None:
                     assert np.array_equal(other.scale, 2 * fq.scale)
 
 
+def test_parameters_can_be_kept_and_put_back() -> None:
+    x = np.random.default_rng(8).standard_normal((4, 12)).astype(np.float32)
+    fq = fake(qn.QuantConfig.int4_per_channel().asymmetric())
+    fq(x)
+    held, params = fq.params["scale"], fq.params
+    assert set(params) == {"scale", "zero_point"} and len(params) == 2 and "scale" in params and "bias" not in params
+    copies = (copy.deepcopy(params), pickle.loads(pickle.dumps(params)), {n: p.copy() for n, p in params.items()})
+    before = held.copy()
+    for best in copies:
+        held *= 2
+        assert np.array_equal(fq.scale, 2 * before) and np.array_equal(best["scale"], before)
+        fq.params.update(best)
+        assert fq.params["scale"] is held
+        ref.assert_same_bits(fq.scale, before)
+    fq.params.update({"zero_point": 3}, scale=0.5)
+    assert (fq.scale == 0.5).all() and (fq.zero_point == 3).all()
+    assert repr(params).startswith("Parameters({'scale': array(")
+
+
+@pytest.mark.parametrize("method", ["min_max", "moving_average", "percentile"])
+@pytest.mark.parametrize("form", ["per_tensor", "channel 0", "group -1"])
+def test_a_state_goes_on_where_it_was(method: str, form: str) -> None:
+    x = np.random.default_rng(9).standard_normal((3, 4, 12)).astype(np.float32)
+    config = make_config("int4", "asymmetric", *GRANULARITIES[form])
+
+    def run(fq: qn.FakeQuantize, from_here: int) -> list[Any]:
+        found: list[Any] = []
+        for batch in x[from_here:]:
+            found += [fq(batch), fq.backward(batch), fq.scale, *fq.grads.values()]
+            for p in fq.params.values():
+                p *= np.float32(0.9)
+        return found
+
+    for learnable in (False, True):
+        for prepare in (lambda fq: None, qn.FakeQuantize.freeze, qn.FakeQuantize.disable_fake_quant):
+            one, two = (fake(config, learnable, method) for _ in range(2))
+            one(x[0])
+            two(9 * x[1])
+            prepare(one)
+            held = dict(two.params)
+            state = pickle.loads(pickle.dumps(one.state_dict()))
+            two.load_state_dict(state)
+            assert str(two) == str(one)
+            assert all(two.params[name] is p for name, p in held.items() if name in two.params)
+            expected = run(one, 1)
+            for a, b in zip(expected, run(two, 1), strict=True):
+                ref.assert_same_bits(a, b)
+            fresh = fake(config, learnable, method)
+            fresh.load_state_dict(state)
+            for a, b in zip(expected, run(fresh, 1), strict=True):
+                ref.assert_same_bits(a, b)
+    fresh.load_state_dict(fake(config, True, method).state_dict())
+    assert not fresh.has_scale and fresh.observing
+
+
+def test_a_state_keeps_what_it_was_given_and_halves_from_where_it_was() -> None:
+    given = qn.QParams(0.05, 7, "uint8")
+    one, two = (fake(qn.QuantConfig("uint8").asymmetric(), False) for _ in range(2))
+    one.set_qparams(given)
+    two.load_state_dict(one.state_dict())
+    assert two.qparams == given and not two.observing
+    one, two = fake(qn.QuantConfig.int8()), fake(qn.QuantConfig.int8())
+    one([8.0])
+    one.params["scale"] -= 1
+    two.load_state_dict(one.state_dict())
+    with pytest.warns(RuntimeWarning, match="took 1 of 1 learned scales"):
+        assert two.scale == np.float32(8 / 127) / 2
+
+
+def test_states_that_do_not_fit() -> None:
+    learned, observed = fake(qn.QuantConfig.int8()), fake(qn.QuantConfig.int8(), False)
+    for fq in (learned, observed):
+        fq([1.0])
+    good = learned.state_dict()
+    for bad, message in (
+        ({}, "the state has the entries"), (good | {"more": 1}, "the state has the entries"),
+        (good | {"params": {"scale": [1.0]}}, "of one shape"), (good | {"params": {"step": 1.0}}, "'step'"),
+        (good | {"qparams": qn.QParams(1.0, 0, "uint8").to_dict()}, "uint8"),
+        (fake(qn.QuantConfig.int8(), observer="mse").state_dict(), "MSEObserver"),
+        (fake(qn.QuantConfig.int4_per_group(2)).state_dict(), "_GroupObserver"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            learned.load_state_dict(bad)
+        assert learned.scale == np.float32(1 / 127) and learned.params
+    with pytest.raises(ValueError, match="are not those of"):
+        observed.load_state_dict(good)
+    with pytest.raises(ValueError, match="not of groups"):
+        fake(qn.QuantConfig.int4_per_group(2)).load_state_dict(good)
+
+
 def test_no_data_is_a_clear_error() -> None:
     x = np.ones(3, np.float32)
     for learnable in (False, True):
@@ -586,10 +676,15 @@ def test_refusals() -> None:
             fq.backward(x.copy(), out=bad_out)
     dy = np.ones_like(x)
     assert fq.backward(dy, out=dy) is dy
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError, match="'step' is none of the parameters scale; learned scales"):
         fq.params["step"] = np.ones(2)
-    with pytest.raises(ValueError, match="broadcast"):
-        fq.params["scale"] = np.ones(3)
+    for wrong in (np.ones(3), np.ones(1), np.ones((2, 1))):  # not even what would broadcast
+        with pytest.raises(ValueError, match=r"scale has shape \(2,\)"):
+            fq.params["scale"] = wrong
+    both = np.ones(13, np.float32)
+    one, two = both[:12].reshape(2, 6), both[1:].reshape(2, 6)
+    with pytest.raises(ValueError, match="out overlaps dy, shifted"):
+        fq.backward(one, out=two)
     groups = fake(qn.QuantConfig.int4_per_group(2), False, "moving_average")
     groups(x)
     groups(3 * x)
@@ -621,6 +716,10 @@ def test_a_scale_that_a_step_takes_below_zero_is_halved_and_it_is_said() -> None
             warnings.simplefilter("ignore")
             fq(x)
     assert (fq.scale == np.float32(2.0**-126)).all()
+    fq.params["scale"][1] = 1e-40  # below the smallest normal number too
+    with pytest.warns(RuntimeWarning, match="took 1 of 3 learned scales"):
+        fq(x)
+    assert (fq.params["scale"] == np.float32(2.0**-126)).all()
     fq.params["scale"][0] = np.nan
     with pytest.raises(ValueError, match="1 of 3 learned scale values are NaN or infinite"):
         fq(x)

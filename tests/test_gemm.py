@@ -485,6 +485,26 @@ def test_extreme_codes(dtype: str, mode: str, code: int, zero: int, activations:
             ref.assert_same_bits(layer._forward(x, isa=isa), np.full((3, 17), np.float32(truth)), f"{k} {a}")
 
 
+@pytest.mark.parametrize("group", [120, 128, 129, 136, 256, 1000])
+@pytest.mark.parametrize(
+    ("dtype", "code", "zero"),
+    [("int8", -128, 127), ("int8", 127, -128), ("uint8", 255, 0), ("int4", -8, 7), ("int4", 7, -8), ("uint4", 15, 15)],
+)
+def test_extreme_codes_in_groups(dtype: str, code: int, zero: int, group: int, isa: str) -> None:
+    """Kernels that correct groups in 16 bits may do so while 255 times a group's size fits them, and no longer."""
+    k, n = 2 * group + 3, 17
+    spec = Spec(dtype, "asymmetric", group)
+    codes = np.full((n, k), code, ref.STORAGE[dtype])
+    scale = np.float32([[1.0, 0.5, 2.0]] * n)
+    tensor = tensor_of(spec, codes, scale, np.full((n, 3), zero))
+    w = ref.Weights.build(codes, scale, np.full((n, 3), zero), dtype, group)
+    for kind, a_zero in (("uint8", 0), ("uint8", 255), ("int8", -128), ("int8", 127)):
+        layer = qn.QuantizedLinear.from_tensor(tensor, activations=static(kind, a_zero, scale=1.0))
+        x = np.repeat(np.array(ref.RANGES[kind], ref.STORAGE[kind])[:, None], k, axis=1)
+        expected = ref.epilogue(ref.accumulators(x, a_zero, w), 1.0, w, None)
+        ref.assert_same_bits(layer._forward(x, isa=isa), expected, f"{kind} {a_zero}")
+
+
 def bound(a: int, w: int) -> int:
     """The largest K whose sums surely fit int32."""
     return INT32_MAX // (a * w)

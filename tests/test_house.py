@@ -30,7 +30,7 @@ HOUSE = [
     {"granularity"},
     {"elementwise"},
     {"streams"},
-    {"ranges"},
+    {"ranges", "output_error"},
     {"observers"},
     {"tensor"},
     {"fake_quant"},

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -131,6 +134,7 @@ def test_an_infinity_or_nan_anywhere_in_a_row(k: int, isa: str) -> None:
 
 SHARED = [
     (1, 4096, 256), (1, 1024, 1024), (3, 700, 900), (8, 384, 1536), (64, 768, 768), (300, 512, 48), (513, 300, 17),
+    (5000, 4, 1),
 ]  # fmt: skip
 CONFIGS = [INT8, INT8.asymmetric(), qn.QuantConfig.int4_per_group(32), qn.QuantConfig.fp8()]
 
@@ -281,6 +285,37 @@ def test_a_layer_is_packed_once_and_not_without_weights() -> None:
     layer = make(3, 4)
     with pytest.raises(RuntimeError, match="packed already"):
         layer.__init__(qn.quantize_tensor(np.ones((3, 4), np.float32)))  # type: ignore[misc]
+
+
+def test_memory_that_ends_while_packing_leaves_no_layer() -> None:
+    """Room for the packed weights, and none for the buffer that their floats become codes in."""
+    pytest.importorskip("resource")
+    script = """
+import resource, numpy as np, qnative as qn
+weight = np.ones((1, 1 << 22), np.float32)
+qn.set_num_threads(1)
+packed = qn.QuantizedLinear.from_float(weight[:, :64])  # what a first layer needs is there
+with open("/proc/self/statm") as file:
+    used = int(file.read().split()[0]) * resource.getpagesize()
+layer = qn.QuantizedLinear.__new__(qn.QuantizedLinear)
+layer._set_up(weight.shape, "float32", qn.QuantConfig.int8_per_channel(), None, "dynamic", None, None)
+resource.setrlimit(resource.RLIMIT_AS, (used + (100 << 20),) * 2)
+try:
+    layer._fill(None, np.ones(1, np.float32), np.zeros(1, np.int8), values=weight)
+except MemoryError as error:
+    print(error)
+try:
+    layer(weight)
+except RuntimeError as error:
+    print(error)
+"""
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("does not know how much address space is taken")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    buffer, missing = done.stdout.splitlines()
+    assert "to pack a panel with" in buffer
+    assert "no weights" in missing
 
 
 # Scratch

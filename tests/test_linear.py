@@ -270,6 +270,26 @@ def test_pickles_and_copies(dtype: str, mode: str, form: str) -> None:
             ref.assert_same_bits(again.weight_quantized().data, layer.weight_quantized().data)
 
 
+class Named(qn.QuantizedLinear):
+    """A layer with something of its own."""
+
+    name = "unnamed"
+
+    def __init__(self, name: str) -> None:
+        raise AssertionError("no pickle and no copy calls this")
+
+
+def test_pickles_and_copies_of_a_derived_class() -> None:
+    layer = Named.from_float(matrix(13, 10, 27), bias_of(10), activation="relu")
+    for added in ({}, {"name": "ffn", "_rows": 7}):
+        vars(layer).update(added)
+        for again in (pickle.loads(pickle.dumps(layer)), copy.copy(layer), copy.deepcopy(layer)):
+            assert type(again) is Named
+            assert {name: vars(again).get(name) for name in added} == added
+            assert vars(again).keys() == vars(layer).keys()
+            ref.assert_same_bits(again(rows(13, 4, 27)), layer(rows(13, 4, 27)))
+
+
 def test_a_pickle_carries_the_weights_once() -> None:
     layer = qn.QuantizedLinear.from_float(matrix(14, 128, 256), None, qn.QuantConfig.int4_per_group(32))
     assert len(pickle.dumps(layer)) < 1.1 * layer.weight_quantized().nbytes + 3000
@@ -414,20 +434,52 @@ def test_the_gil_is_released() -> None:
             pass
 
     assert not other_thread_ran_during(busy)  # the test can fail
-    x, out = np.ones((256, 1024), np.float32), np.empty((256, 1024), np.float32)
-    for config, activations in ((qn.QuantConfig.int8_per_channel(), "dynamic"), (qn.QuantConfig.fp8(), "float")):
-        layer = qn.QuantizedLinear.from_float(matrix(31, 1024, 1024), None, config, activations)
+    int8, fp8 = qn.QuantConfig.int8_per_channel(), qn.QuantConfig.fp8()
+    # The last two hardly multiply: what takes time is their many rows.
+    for config, activations, (m, k, n) in (
+        (int8, "dynamic", (256, 1024, 1024)), (fp8, "float", (256, 1024, 1024)),
+        (int8, "dynamic", (20000, 4, 1)), (int8, "float", (20000, 4, 1)),
+    ):  # fmt: skip
+        layer = qn.QuantizedLinear.from_float(matrix(31, n, k), None, config, activations)
+        x, out = np.ones((m, k), np.float32), np.empty((m, n), np.float32)
 
-        def run(layer: Any = layer) -> None:
+        def run(layer: Any = layer, x: Any = x, out: Any = out) -> None:
             end = time.perf_counter() + 0.2
             while time.perf_counter() < end:
                 layer(x, out=out)
 
-        assert other_thread_ran_during(run)
+        assert other_thread_ran_during(run), (config, activations, (m, k, n))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Refusals
+
+
+def test_masked_arrays_are_refused_and_other_subclasses_are_arrays() -> None:
+    w, x, bias = matrix(34, 6, 9), rows(34, 4, 9), bias_of(6)
+    layer = qn.QuantizedLinear.from_float(w, bias)
+    static_layer = qn.QuantizedLinear.from_float(w, bias, activations=static("int8", 3))
+    masked = np.ma.masked_greater
+    for call in (
+        lambda: layer(masked(x, 0.5)), lambda: layer(masked(x.astype(np.float64), 0.5)),
+        lambda: layer.accumulate(masked(x, 1)), lambda: static_layer(masked(x.astype(np.int8), 1)),
+        lambda: layer(x, out=masked(np.zeros((4, 6), "f4"), 1)), lambda: qn.QuantizedLinear.from_float(masked(w, 0.1)),
+        lambda: qn.QuantizedLinear.from_float(w, masked(bias, 1)),
+        lambda: qn.QuantizedLinear.from_float(masked(w, 0.1), config=qn.QuantConfig.fp8()),
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match="mask"):
+            call()
+
+    class Other(np.ndarray):
+        pass
+
+    expected, wide, out = layer(x), np.zeros((4, 20), np.float32), np.zeros((4, 6), np.float32)
+    wide[:, :9] = x
+    ref.assert_same_bits(layer(x.view(Other)), expected)
+    ref.assert_same_bits(layer(wide.view(Other)[:, :9]), expected)
+    assert type(layer(x.view(Other), out=out.view(Other))) is Other
+    ref.assert_same_bits(out, expected)
+    ref.assert_same_bits(qn.QuantizedLinear.from_float(w.view(Other), bias.view(Other))(x), expected)
 
 
 def test_refusals_name_the_value_and_the_remedy() -> None:

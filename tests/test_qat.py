@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import re
 import warnings
 from pathlib import Path
@@ -30,8 +31,8 @@ def layer_of(
     return qn.QATLinear(w, rng.standard_normal(n) if bias else None, weight=weight, activation=activation)
 
 
-def fq(config: Any, learnable: bool = True, observer: str = "min_max") -> qn.FakeQuantConfig:
-    return qn.FakeQuantConfig(config, observer, learnable)
+def fq(config: Any, learnable: bool = True, observer: str = "min_max", bits: int | None = None) -> qn.FakeQuantConfig:
+    return qn.FakeQuantConfig(config, observer, learnable, bits)
 
 
 def wander(layer: qn.QATLinear, rng: np.random.Generator) -> None:
@@ -62,13 +63,17 @@ def random_layer(seed: int) -> tuple[qn.QATLinear, NDArray[np.float32], str]:
     axis, group = choose((None, None), (0, None), (-2, None), (-1, int(rng.integers(1, 50))), (1, 32))
     scale_dtype = choose("float32", "float32", "bfloat16", "float16")
     observer = choose("min_max", "mse", "percentile", "mean_std", "moving_average")
-    weight = fq(make_config(dtype, mode, axis, group, scale_dtype), choose(True, False), observer)
+    bits = None if dtype in FLOAT8 else choose(None, None, 2, 3)
+    weight = fq(make_config(dtype, mode, axis, group, scale_dtype), choose(True, False), observer, bits)
     inputs: Any = "float"
     if rng.random() < 0.85:
         code = dtype if dtype in FLOAT8 else choose(*INTEGERS)
         kind = "symmetric" if code in FLOAT8 else choose("symmetric", "asymmetric")
         inputs = fq(
-            make_config(code, kind, None, None), choose(True, False), choose("min_max", "moving_average", "mse")
+            make_config(code, kind, None, None),
+            choose(True, False),
+            choose("min_max", "moving_average", "mse"),
+            None if code in FLOAT8 else choose(None, None, 2, 4),
         )
     layer = layer_of(n, k, weight, inputs, bool(rng.integers(2)), seed)
     shape = choose((k,), (1, k), (7, k), (2, 5, k))
@@ -156,6 +161,50 @@ def test_what_convert_gives_is_a_copy_and_fuses() -> None:
     layer.params["weight"] += 1
     layer.params["bias"] += 1
     ref.assert_same_bits(deployed(x), before)
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+@pytest.mark.parametrize("mode", ["symmetric", "asymmetric"])
+@pytest.mark.parametrize("bits", [2, 3])
+def test_codes_of_few_bits(dtype: str, mode: str, bits: int) -> None:
+    """2 bits: -2..1 around the zero point, -1..1 where symmetric and signed; those of the whole dtype are not used."""
+    quant = qn.QuantConfig(dtype, mode).per_channel()
+    config = fq(quant, bits=bits)
+    half, middle = 2 ** (bits - 1), 0 if dtype in ("int8", "int4") else 2 ** (quant.bits - 1)
+    if mode == "symmetric":
+        expected = (middle - half + (middle == 0), middle + half - 1)
+    else:
+        expected = (-half, half - 1) if middle == 0 else (0, 2 * half - 1)
+    assert config.quant_range == expected
+    layer = layer_of(5, 60, config, fq(qn.QuantConfig("uint8").asymmetric(), bits=7))
+    x = np.random.default_rng(3).standard_normal((40, 60)).astype(np.float32)
+    for _ in range(30):
+        y = layer(x)
+        layer.backward(y / np.float32(y.size))
+        for name, gradient in layer.grads.items():
+            layer.params[name] -= np.float32(0.01) * gradient
+    assert_deploys(layer, x, f"{config}")
+    deployed = layer.convert()
+    codes = deployed.weight_quantized().codes
+    assert expected[0] <= codes.min() and codes.max() == expected[1] and len(np.unique(codes)) >= 2 * half - 1
+    assert deployed.quantize_input(x)[0].max() == 127
+    assert deployed.config == quant
+
+
+def test_bits_that_do_not_exist() -> None:
+    for bits in (1, 0, -2, 5):
+        with pytest.raises(ValueError, match=r"must lie in 2\.\.4, int4's bits"):
+            fq(qn.QuantConfig.int4(), bits=bits)
+    for odd in (2.0, True, "2"):
+        with pytest.raises(ValueError, match="must be an int"):
+            fq(qn.QuantConfig.int4(), bits=odd)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no integer codes"):
+        fq(qn.QuantConfig.fp8(), bits=4)
+    assert fq(qn.QuantConfig.int4(), bits=4) == fq(qn.QuantConfig.int4())
+    narrow = fq(qn.QuantConfig.int4_per_group(16).with_scale_dtype("float16")).with_bits(2)
+    assert narrow.bits == 2 and narrow.quant_range == (-1, 1)
+    assert narrow.simulated.group_size == 16 and narrow.simulated.scale_dtype == "float16"
+    assert narrow.with_bits(None).simulated == narrow.quant
 
 
 def test_an_observed_weight_scale_is_that_of_the_weight_as_it_is() -> None:
@@ -354,6 +403,68 @@ def test_calibrate_settles_the_range() -> None:
     assert "weight_scale" in only.params
 
 
+def test_calibrating_again_starts_again() -> None:
+    """A learned input scale that a first batch gave is not kept silently; every state, and nothing without a batch."""
+    config = qn.QuantConfig("uint8").asymmetric()
+    for settle in (lambda layer: None, qn.QATLinear.freeze):
+        layer = layer_of(3, 4, None, fq(config))
+        layer(np.ones((1, 4)))
+        layer.params["input_scale"] *= 3
+        settle(layer)
+        before = layer.input_quantizer.qparams  # type: ignore[union-attr]
+        with pytest.raises(ValueError, match="no batch"):
+            layer.calibrate([])
+        with pytest.raises(ValueError, match="in_features"):
+            layer.calibrate([np.ones(3)])
+        assert layer.input_quantizer.qparams == before  # type: ignore[union-attr]
+        layer.calibrate([np.full((2, 4), 5.0), np.full((2, 4), -1.0)])
+        assert layer.input_quantizer.qparams == qn.qparams_from_range(-1, 5, config)  # type: ignore[union-attr]
+        layer(np.full((1, 4), 100.0))
+        assert layer.input_quantizer.qparams == qn.qparams_from_range(-1, 5, config)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("inputs", ["float", "observed", "learned"])
+@pytest.mark.parametrize("learnable", [False, True])
+def test_training_goes_on_from_a_state(learnable: bool, inputs: str) -> None:
+    activation = "float" if inputs == "float" else fq(qn.QuantConfig.int8(), inputs == "learned", "moving_average")
+    weight = fq(qn.QuantConfig.int4_per_group(4), learnable)
+    x = np.random.default_rng(1).standard_normal((8, 5, 9)).astype(np.float32)
+
+    def steps(layer: qn.QATLinear, batches: Any) -> qn.QATLinear:
+        for batch in batches:
+            y = layer(batch)
+            layer.backward(y / np.float32(y.size))
+            for name, gradient in layer.grads.items():
+                layer.params[name] -= np.float32(0.01) * gradient
+        return layer
+
+    one = steps(layer_of(6, 9, weight, activation), x[:4])
+    state = pickle.loads(pickle.dumps(one.state_dict()))
+    fresh, used = layer_of(6, 9, weight, activation, seed=1), steps(layer_of(6, 9, weight, activation, seed=2), x[6:])
+    held = dict(used.params)
+    expected = steps(one, x[4:])
+    for two in (fresh, used):
+        two.load_state_dict(state)
+        steps(two, x[4:])
+        assert set(two.params) == set(one.params)
+        for name, p in two.params.items():
+            ref.assert_same_bits(p, expected.params[name])
+        ref.assert_same_bits(two.convert()(x), expected.convert()(x))
+    assert all(used.params[name] is p for name, p in held.items())
+    before = one.state_dict()
+    for bad, message in (
+        ({}, "needed are"), (state | {"bias": None}, "bias has shape None"),
+        (layer_of(7, 9, weight, activation).state_dict(), r"weight has shape \(7, 9\)"),
+        (state | {"weight_quantizer": {}}, "the state has the entries"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            one.load_state_dict(bad)
+    if inputs != "float":
+        with pytest.raises(ValueError, match="the state has the entries"):
+            one.load_state_dict(fresh.state_dict() | {"input_quantizer": {}})
+    assert str(one.state_dict()) == str(before)
+
+
 def test_from_sizes_is_glorot_and_reproducible() -> None:
     layer = qn.QATLinear.from_sizes(300, 100, rng=3)
     limit = math.sqrt(6 / 400)
@@ -373,7 +484,8 @@ def test_from_sizes_is_glorot_and_reproducible() -> None:
 def test_refusals() -> None:
     w = np.ones((3, 4), np.float32)
     for arguments, keywords, message in (
-        ((w[0],), {}, "out_features, in_features"), ((w, np.ones(4)), {}, r"must be \(3,\)"),
+        ((w[0],), {}, "out_features, in_features"), ((w[:0],), {}, "at least 1 each"),
+        ((w, np.ones(4)), {}, r"must be \(3,\)"),
         ((w,), {"activation": "dynamic"}, "FakeQuantConfig or 'float'"),
         ((w,), {"activation": fq(qn.QuantConfig.int8_per_channel())}, "one scale for its input"),
         ((w,), {"activation": fq(qn.QuantConfig.fp8())}, "cannot be multiplied"),
@@ -516,6 +628,82 @@ def test_a_layer_trained_in_pytorch_runs_with_its_codes(
     assert np.array_equal(codes, torch_rule(x, 0.025, 120, 0, 255))  # no tie in this data
     size = np.abs(seen.numpy()) @ np.abs(simulated.numpy()).T + np.abs(bias)
     assert np.all(np.abs(layer(x) - y) <= (k + 8) * 2.0**-24 * size)
+
+
+@pytest.mark.parametrize(("dtype", "low", "high"), [*RANGES, ("int4", -2, 1), ("uint4", 0, 3)])
+@pytest.mark.parametrize(("size", "axis"), [(32, None), (32, -1), (50, 1), (20, 0), (200, -1)])
+def test_groups_trained_in_pytorch_keep_their_codes(
+    dtype: str, low: int, high: int, size: int, axis: int | None
+) -> None:
+    """A scale each group, as torchao's QAT leaves them; codes are those that PyTorch gives each group by itself."""
+    torch = import_torch()
+    rng = np.random.default_rng([high, size])
+    n, k = 40, 200
+    w = rng.standard_normal((n, k)).astype(np.float32)
+    at = 1 if axis is None else axis % 2
+    starts = range(0, w.shape[at], size)
+    shape = (len(starts), k) if at == 0 else (n, len(starts))
+    scale = (rng.uniform(1, 2, shape) / (high - low)).astype(np.float32)
+    zero = np.zeros(shape, np.int32) if low == -high else rng.integers(low, high + 1, shape).astype(np.int32)
+    expected = np.empty_like(w)
+    for i, start in enumerate(starts):
+        part = w[start : start + size].T if at == 0 else w[:, start : start + size]
+        s, z = (torch.tensor(np.take(a, i, at)) for a in (scale, zero))
+        values = torch.fake_quantize_per_channel_affine(torch.tensor(part), s, z, 0, low, high).numpy()
+        if at == 0:
+            expected[start : start + size] = values.T
+        else:
+            expected[:, start : start + size] = values
+    q = qn.tensor_from_torch(w, scale, zero, dtype, axis, group_size=size, quant_min=low, quant_max=high)
+    ref.assert_same_bits(q.dequantize(), expected)
+    assert q.codes.min() >= low and q.codes.max() <= high
+    if at == 1:
+        layer = qn.QuantizedLinear.from_tensor(q, activations="float")
+        ref.assert_same_bits(layer.weight_quantized().dequantize(), expected)
+    for bad in (scale[0], scale[:, :-1] if scale.shape[1] > 1 else scale[:-1], scale.ravel()[0]):
+        with pytest.raises(ValueError, match="scale has shape"):
+            qn.tensor_from_torch(w, bad, 0, dtype, axis, group_size=size)
+
+
+@pytest.mark.parametrize("backend", ["x86", "qnnpack"])
+def test_a_model_out_of_pytorchs_own_qat(backend: str) -> None:
+    """`torch.ao.quantization` from prepare_qat to the arrays, its default config (fused, reduced range on x86)."""
+    torch = import_torch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import torch.ao.quantization as ao
+
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(ao.QuantStub(), torch.nn.Linear(40, 12))
+        model.train()
+        model.qconfig = ao.get_default_qat_qconfig(backend)
+        ao.prepare_qat(model, inplace=True)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        x = torch.randn(256, 40)
+        for _ in range(20):
+            optimizer.zero_grad()
+            (model(x) ** 2).mean().backward()
+            optimizer.step()
+        model.apply(ao.disable_observer)
+        seen = model[0](x).detach()
+        simulated = model[1].weight_fake_quant(model[1].weight).detach()
+    stub, linear = model[0].activation_post_process, model[1]
+    m = linear.weight_fake_quant
+    weight = qn.tensor_from_torch(
+        linear.weight.detach().numpy(), m.scale.numpy(), m.zero_point.numpy(), "int8",
+        m.ch_axis if m.ch_axis >= 0 else None, quant_min=m.quant_min, quant_max=m.quant_max,
+    )  # fmt: skip
+    ref.assert_same_bits(weight.dequantize(), simulated.numpy())
+    inputs = qn.QParams(float(stub.scale), int(stub.zero_point), "uint8", stub.quant_min, stub.quant_max)
+    layer = qn.QuantizedLinear.from_tensor(weight, linear.bias.detach().numpy(), activations=inputs)
+    codes, scale, zero = layer.quantize_input(x.numpy())
+    assert codes.max() == stub.quant_max
+    decoded = qn.dequantize(codes, scale, zero)
+    steps = x.numpy()[decoded != seen.numpy()] / scale.astype(np.float64)  # the layer divides, PyTorch does not
+    assert len(steps) < 4 and np.all(np.abs(np.abs(steps - np.floor(steps)) - 0.5) < 1e-5)
+    expected = torch.nn.functional.linear(torch.tensor(decoded), simulated, linear.bias.detach()).numpy()
+    size = np.abs(decoded) @ np.abs(simulated.numpy()).T + 1
+    assert np.all(np.abs(layer(x.numpy()) - expected) <= 48 * 2.0**-24 * size)
 
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "qat.md"

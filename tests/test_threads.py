@@ -167,6 +167,22 @@ print(pool_threads())
 
 
 @LINUX
+@pytest.mark.parametrize(
+    ("m", "k", "n", "shared"), [(1, 64, 64, False), (1024, 1024, 64, True), (20000, 64, 1, True), (20000, 4, 1, True)]
+)
+def test_calls_that_take_long_are_shared(m: int, k: int, n: int, shared: bool) -> None:
+    """Long because of their products, or because of their many rows; the first call, which nobody is awake for."""
+    assert native(f"""
+import numpy as np, qnative as qn
+layer = qn.QuantizedLinear.from_float(np.ones(({n}, {k}), np.float32))
+assert pool_threads() == []
+qn.set_num_threads(2)
+layer(np.ones(({m}, {k}), np.float32))
+print(pool_threads())
+""") == ("['qnative-1']" if shared else "[]")
+
+
+@LINUX
 def test_the_pool_of_the_other_modules_is_the_same_one() -> None:
     """What a module gets by cimport, a capsule, runs its task on threads that the library's own function has made."""
     seen = native("""
@@ -452,6 +468,25 @@ def test_blocks_in_many_threads_leave_nothing() -> None:
     with ThreadPoolExecutor(8) as executor:
         list(executor.map(use, range(8), timeout=SECONDS_UNTIL_HUNG))
     assert qn.get_num_threads() == 8
+
+
+def test_an_interrupt_while_the_default_is_looked_for_is_not_lost() -> None:
+    assert native("""
+import numpy as np, qnative as qn
+from qnative import cpus
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # who starts us in the background has it ignored
+def interrupted(root="/"):
+    raise KeyboardInterrupt
+cpus.available, found = interrupted, cpus.available
+try:
+    qn.QuantizedLinear.from_float(np.ones((4, 4), np.float32))
+    time.sleep(5)
+except KeyboardInterrupt:
+    print("heard")
+cpus.available = found
+print(qn.get_num_threads() == found())
+""").split() == ["heard", "True"]
 
 
 # QNATIVE_NUM_THREADS

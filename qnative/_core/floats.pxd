@@ -1,53 +1,120 @@
-"""One small floating-point format, and one value encoded to it: shared by the loops of floats and elementwise."""
+"""Small floating-point formats: their numbers, and one value encoded and decoded, for the loops that have to do with them.
 
-from libc.math cimport rint
-from libc.stdint cimport int64_t, uint64_t
+A format is the numbers of `Format`; `Encoder` and `Decoder` are what the rules below make of them. Values are float32; a
+float64 is first rounded to odd (`to_odd`), after which rounding again to any of these formats is rounding once, as each has
+fewer digits than float32, by two or more.
+"""
+
+from libc.stdint cimport int32_t, uint32_t, uint64_t
 from libc.string cimport memcpy
+
+from qnative._core.levels cimport inlined
 
 
 cdef struct Format:
     int mantissa_bits
     int bias
     int max_code        # the code of the largest finite value
-    int overflow_code   # what lies beyond it when not saturating: Inf, or NaN where the format has no Inf
+    int overflow_code   # what lies beyond it when not saturating, max_code + 1: Inf, or NaN where the format has no Inf
     int nan_code
     int sign_bit
     bint unsigned_zero  # fnuz: no negative zero, NaN has no sign
     bint nan_payload    # float16 keeps the top bits of a NaN, as the hardware conversion does
 
 
-cdef inline int encode_one(double x, const Format *f, bint saturate) noexcept nogil:
-    # Divide by the quantum of x's binade, round once to even, and let a full mantissa carry into the exponent.
-    # Subnormals are the lowest binade continued downwards, so they need no case of their own.
-    cdef uint64_t bits, quantum_bits
-    cdef int64_t exponent, emin = 1 - f.bias
-    cdef double magnitude, quantum
-    cdef int code, sign
-    memcpy(&bits, &x, 8)
-    sign = f.sign_bit if bits >> 63 else 0
-    bits = bits << 1 >> 1
-    if bits > <uint64_t>0x7FF << 52:
-        if f.unsigned_zero:
-            return f.nan_code
-        if f.nan_payload:
-            return sign | f.nan_code | <int>((bits >> 42) & 0x3FF)
-        return sign | f.nan_code
-    memcpy(&magnitude, &bits, 8)
-    exponent = <int64_t>(bits >> 52) - 1023
-    if exponent < emin:
-        exponent = emin
-    if exponent > f.bias + 1:  # beyond any exponent of the format, Inf too: surely an overflow
-        code = f.max_code + 1
+cdef struct Encoder:
+    uint32_t most        # magnitudes are clipped to this: bits of the largest value, or of the one that would follow
+    uint32_t least       # the smallest normal value's exponent, as bits
+    uint32_t lift        # to the exponent of a number whose last place is that of the format
+    uint32_t base
+    uint32_t nan_code, sign_bit
+    int32_t shift        # 23 - mantissa_bits
+    int32_t sign_shift
+
+
+cdef struct Decoder:
+    float quantum        # what the lowest mantissa bit is worth where the exponent is lowest
+    uint32_t lift        # difference of the biases, as bits
+    uint32_t max_code, nan_code, inf_code, sign_bit
+    uint32_t subnormals  # codes below have the lowest exponent and no leading one
+    int32_t shift, sign_shift
+
+
+cdef inline inlined encode_float(
+    float x, Encoder e, bint unsigned_zero, bint nan_payload, bint bfloat, uint32_t *result
+) noexcept nogil:
+    """Round to nearest, ties to even; NaN stays NaN. The last three are constants, which the format has."""
+    cdef uint32_t bits, magnitude, exponent, rounded, code, sign, nan = e.nan_code
+    cdef float value, big
+    memcpy(&bits, &x, 4)
+    magnitude = bits & 0x7FFFFFFFu
+    sign = (bits >> e.sign_shift) & e.sign_bit
+    if nan_payload:
+        nan |= (bits >> 13) & 0x3FFu
+    if bfloat:  # half of a float32, exponent and all
+        exponent = magnitude if magnitude < e.most else e.most
+        code = (exponent + 0x7FFFu + ((exponent >> 16) & 1)) >> 16
     else:
-        quantum_bits = <uint64_t>(f.mantissa_bits - exponent + 1023) << 52
-        memcpy(&quantum, &quantum_bits, 8)  # 1 / quantum: a power of two, so the product is exact
-        code = (<int>(exponent - emin) << f.mantissa_bits) + <int>rint(magnitude * quantum)
-    if code > f.max_code:
-        code = f.max_code if saturate else f.overflow_code
-    if f.unsigned_zero and (code == 0 or code == f.nan_code):
-        return code
-    return code | sign
+        # magnitude + big, big of the exponent at which the last place is worth what the code's is, rounds to it: what
+        # the sum has beyond big is the mantissa, leading one and all, which carries into the exponent by itself.
+        # Subnormals are the lowest exponent continued downwards.
+        exponent = magnitude if magnitude < e.most else e.most
+        memcpy(&value, &exponent, 4)
+        exponent &= 0x7F800000u
+        exponent = exponent if exponent > e.least else e.least
+        rounded = exponent + e.lift
+        memcpy(&big, &rounded, 4)
+        value += big
+        memcpy(&code, &value, 4)
+        code += (exponent >> e.shift) - rounded - e.base
+    if unsigned_zero:
+        sign = sign if (code & 0x7Fu) != 0 else 0
+        code |= sign
+        result[0] = nan if magnitude > 0x7F800000u else code
+    else:
+        code = nan if magnitude > 0x7F800000u else code
+        result[0] = code | sign
+
+
+cdef inline inlined to_odd(double x, float *result) noexcept nogil:
+    """Round to float32 such that a result that is not exact has an odd last bit."""
+    cdef float near = <float>x
+    cdef double back = near, a = x if x >= 0 else -x, b = back if back >= 0 else -back
+    cdef uint32_t bits, odd
+    memcpy(&bits, &near, 4)
+    odd = bits - 1 if b > a else bits + 1
+    odd = bits if bits & 1 else odd
+    bits = bits if back == x else odd
+    memcpy(result, &bits, 4)
+    result[0] = result[0] if x == x else near
+
+
+cdef inline inlined decode_code(
+    uint32_t code, Decoder d, bint unsigned_zero, bint nan_payload, bint bfloat, float *result
+) noexcept nogil:
+    cdef uint32_t magnitude = code & (d.sign_bit - 1), bits, small, special = 0x7FC00000u
+    cdef float number
+    if bfloat:
+        bits = code << 16
+        memcpy(result, &bits, 4)
+        return
+    number = <float><int32_t>magnitude * d.quantum
+    memcpy(&small, &number, 4)
+    bits = (magnitude << d.shift) + d.lift
+    bits = small if magnitude < d.subnormals else bits
+    if unsigned_zero:
+        bits |= (code & d.sign_bit) << d.sign_shift
+        bits = special if code == d.nan_code else bits
+    else:
+        if nan_payload:
+            special |= magnitude << d.shift
+        special = 0x7F800000u if magnitude == d.inf_code else special
+        bits = special if magnitude > d.max_code else bits
+        bits |= (code & d.sign_bit) << d.sign_shift
+    memcpy(result, &bits, 4)
 
 
 cdef const Format *format_of(str name) except NULL
 cdef const float *decode_table(str name) except NULL  # the 256 values of a float8 format
+cdef Encoder encoder_of(const Format *format, bint saturate) noexcept
+cdef Decoder decoder_of(const Format *format) noexcept

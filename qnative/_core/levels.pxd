@@ -10,8 +10,14 @@ nothing but call it:
 
 The types are void with the attributes that make a C compiler do this (so results go through pointers); what is called
 within must be `inlined` too. Nothing here lets a compiler fuse, reorder or approximate, so every level computes the
-same bits. Compilers and machines that have no such attribute get the baseline three times.
+same bits. Compilers and machines that have no such attribute get the baseline three times. Every level but the baseline
+has fused multiply-adds (`fmaf`, where a loop asks for it): a loop that uses them takes a constant that says so.
+
+The pointers named below are for what shares no memory with what else a function is given, so that the compiler need not
+look.
 """
+
+from libc.stdint cimport uint8_t, uint16_t, uint32_t
 
 cdef extern from *:
     """
@@ -21,20 +27,33 @@ cdef extern from *:
     #define QN_INLINED inline
     #endif
     #if defined(__x86_64__) && defined(__clang__)
-    #define QN_AT_AVX2 __attribute__((target("avx2")))
-    #define QN_AT_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl")))
+    #define QN_AT_AVX2 __attribute__((target("avx2,fma")))
+    #define QN_AT_AVX512 __attribute__((target("fma,avx512f,avx512bw,avx512dq,avx512vl")))
     #elif defined(__x86_64__) && defined(__GNUC__)
-    #define QN_AT_AVX2 __attribute__((target("avx2")))
-    #define QN_AT_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")))
+    #define QN_AT_AVX2 __attribute__((target("avx2,fma")))
+    #define QN_AT_AVX512 __attribute__((target("fma,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")))
     #else
     #define QN_AT_AVX2
     #define QN_AT_AVX512
     #endif
+    #if defined(__GNUC__) || defined(__clang__)
+    #define QN_RESTRICT __restrict__
+    #else
+    #define QN_RESTRICT __restrict
+    #endif
+    typedef float *QN_RESTRICT qn_own_floats;
+    typedef uint8_t *QN_RESTRICT qn_own_bytes;
+    typedef uint16_t *QN_RESTRICT qn_own_words;
+    typedef uint32_t *QN_RESTRICT qn_own_lanes;
     """
     ctypedef void inlined "QN_INLINED void"
     ctypedef void at_baseline "void"
     ctypedef void at_avx2 "QN_AT_AVX2 void"
     ctypedef void at_avx512 "QN_AT_AVX512 void"
+    ctypedef float *own_floats "qn_own_floats"
+    ctypedef uint8_t *own_bytes "qn_own_bytes"
+    ctypedef uint16_t *own_words "qn_own_words"
+    ctypedef uint32_t *own_lanes "qn_own_lanes"
 
 cdef enum:
     BASELINE

@@ -13,8 +13,9 @@ cdef int chosen_level() noexcept nogil:
 def usable_levels():
     """Return {level: whether this CPU can run it}, worst first."""
     features = cpu_features()
-    wide = all(features.get(name, False) for name in ("avx512f", "avx512bw", "avx512dq", "avx512vl"))
-    return dict(zip(NAMES, (True, features.get("avx2", False), wide)))
+    avx2 = all(features.get(name, False) for name in ("avx2", "fma"))
+    wide = avx2 and all(features.get(name, False) for name in ("avx512f", "avx512bw", "avx512dq", "avx512vl"))
+    return dict(zip(NAMES, (True, avx2, wide)))
 
 
 def level():

@@ -15,7 +15,7 @@ import numpy as np
 
 cimport numpy as cnp
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
-from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uintptr_t
+from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint64_t, uintptr_t
 from libc.string cimport memcpy, memset
 
 from qnative._core.qn_gemm cimport *
@@ -119,6 +119,11 @@ cdef bint is_type(cnp.ndarray a, int type) noexcept:
     return cnp.PyArray_TYPE(a) == type or cnp.PyArray_EquivTypenums(cnp.PyArray_TYPE(a), type)
 
 
+cdef bint is_masked(object array) noexcept:
+    """Whether an array has a mask, which no kernel would heed."""
+    return not cnp.PyArray_CheckExact(array) and isinstance(array, np.ma.MaskedArray)
+
+
 cdef bint rows_are_contiguous(cnp.ndarray a) noexcept:
     """Aligned, in native byte order, and such that rows (the last axis) are whole and lie at one distance."""
     cdef int n = cnp.PyArray_NDIM(a)
@@ -198,9 +203,13 @@ cdef class PackedLinear:
         memset(&self.call, 0, sizeof(self.call))
 
     def __dealloc__(self):
+        self.release()
+
+    cdef void release(self) noexcept:
         if self.w.data is not NULL:
             PyTraceMalloc_Untrack(TRACE_DOMAIN, <uintptr_t>self.w.data)
             qn_weights_free(self.w.data)
+            self.w.data = NULL
 
     def _pack(
         self, const uint8_t[:, ::1] codes, const float[:, ::1] values, int64_t k, int64_t group,
@@ -286,7 +295,7 @@ cdef class PackedLinear:
         w.data = qn_weights_allocate(w.panels * w.panel_bytes)
         if w.data is NULL:
             raise MemoryError(f"{w.panels * w.panel_bytes} bytes for packed weights")
-        self.w = w  # from here on __dealloc__ frees it
+        self.w = w  # from here on `release` frees it
         PyTraceMalloc_Track(TRACE_DOMAIN, <uintptr_t>w.data, w.panels * w.panel_bytes)
         if w.n == 0:
             return
@@ -306,6 +315,7 @@ cdef class PackedLinear:
         with nogil:
             packed = qn_pack(CHOSEN, &self.w, &source, pool_threads_for(w.n * k * PACK_PS // 1000), pool_run)
         if not packed:
+            self.release()  # half a matrix is none
             raise MemoryError(f"{QN_NR * k} bytes to pack a panel with")
 
     @property
@@ -373,6 +383,7 @@ cdef class PackedLinear:
         cdef bint float8 = self.w.format >= QN_FLOAT8_E4M3FN
         cdef int64_t width = k * 4 if float8 else self.w.groups * self.w.group_k
         cdef uint8_t *memory
+        cdef uint64_t mode
         if x.shape[1] != k or scale.shape[0] != m or zero.shape[0] != m or c.input == QN_INPUT_FLOAT:
             raise ValueError(f"x must have {k} columns, scale and zero {m} entries, and the layer quantized input")
         if (values is None or values.shape[0] != m or values.shape[1] != k) if float8 else (
@@ -383,6 +394,7 @@ cdef class PackedLinear:
             raise MemoryError(f"{width} bytes of scratch")
         memset(&rows, 0, sizeof(rows))
         with nogil:
+            mode = qn_enter_default_mode()
             c.m, c.x_stride, rows.count, rows.a_stride = 1, k * 4, 1, width
             rows.sum_row, rows.sum_group = self.w.groups, 1
             rows.sum = <int32_t *>memory  # 4-byte aligned, as the values behind it are
@@ -397,6 +409,7 @@ cdef class PackedLinear:
                 for g in range(self.w.groups):
                     count = min(self.w.group, k - g * self.w.group)
                     memcpy(&codes[i, g * self.w.group], rows.a + g * self.w.group_k, count)
+            qn_leave_default_mode(mode)
         PyMem_RawFree(memory)
 
     # Calling
@@ -410,7 +423,7 @@ cdef class PackedLinear:
         """Whether x can be read as it is."""
         cdef cnp.ndarray a
         cdef int n
-        if not cnp.PyArray_Check(x):
+        if not cnp.PyArray_Check(x) or is_masked(x):
             return False
         a = <cnp.ndarray>x
         n = cnp.PyArray_NDIM(a)
@@ -423,7 +436,7 @@ cdef class PackedLinear:
         """Whether out is where the result for x can be written to."""
         cdef cnp.ndarray y
         cdef int i, n = cnp.PyArray_NDIM(x)
-        if not cnp.PyArray_Check(out):
+        if not cnp.PyArray_Check(out) or is_masked(out):
             return False
         y = <cnp.ndarray>out
         if not (is_type(y, self.output_type) and cnp.PyArray_NDIM(y) == n and cnp.PyArray_ISCARRAY(y)):
@@ -486,7 +499,7 @@ cdef class PackedLinear:
         ValueError
             If x or out has the wrong shape, or out cannot be written to directly.
         TypeError
-            If x is neither of floats nor of this layer's codes.
+            If x is neither of floats nor of this layer's codes, or if x or out is a masked array.
         """
         return self.forward(x, out, CHOSEN)
 
@@ -548,8 +561,11 @@ def activate(const float[::1] x not None, str activation, float[::1] out not Non
     """Apply an activation function to x : float32[n], element by element, as the scalar kernel does."""
     cdef qn_activation which = ACTIVATIONS[activation]
     cdef Py_ssize_t i
+    cdef uint64_t mode
     if x.shape[0] != out.shape[0]:
         raise ValueError("activate: sizes differ")
     with nogil:
+        mode = qn_enter_default_mode()
         for i in range(x.shape[0]):
             out[i] = qn_activate(x[i], which)
+        qn_leave_default_mode(mode)

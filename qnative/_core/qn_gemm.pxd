@@ -1,4 +1,4 @@
-"""The whole C surface, as csrc/qn_gemm.h and csrc/qn_limits.h declare it."""
+"""The whole C surface, as the headers in csrc/ declare it."""
 
 from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint64_t
 
@@ -124,6 +124,11 @@ cdef extern from "qn_gemm.h" nogil:
     float qn_activate(float x, qn_activation activation) noexcept
 
 
+cdef extern from "qn_float_mode.h" nogil:
+    uint64_t qn_enter_default_mode() noexcept
+    void qn_leave_default_mode(uint64_t before) noexcept
+
+
 cdef extern from "qn_scratch.h" nogil:
     uint8_t *qn_scratch_take(int64_t bytes) noexcept
     void qn_scratch_give(uint8_t *memory) noexcept
@@ -143,6 +148,13 @@ cdef extern from "qn_limits.h" nogil:
         const char *needs
         uint64_t (*run)(const uint8_t *data, int64_t bytes, int64_t ahead) noexcept nogil
 
+    ctypedef struct qn_move_loop:
+        const char *name
+        const char *needs
+        int read, written
+        void (*run)(const uint8_t *source, uint8_t *target, int64_t bytes) noexcept nogil
+
     const qn_compute_loop qn_compute_loops[]
     const qn_read_loop qn_read_loops[]
+    const qn_move_loop qn_move_loops[]
     float qn_read_float32(const float *x, int64_t n) noexcept

@@ -3,6 +3,7 @@
 Its file is called qnative_threads so that threadpoolctl, which knows libraries by how their file names begin, finds it.
 """
 
+from cpython.exc cimport PyErr_SetInterrupt
 from libc.stdint cimport int64_t
 
 cdef extern from "qn_pool.h" nogil:
@@ -40,7 +41,11 @@ cdef int pool_limit() noexcept nogil:
 cdef void find_default() noexcept with gil:
     cdef int found = 1
     if FIND_DEFAULT is not None:
-        found = min(max(FIND_DEFAULT(), 1), QN_POOL_MAX_THREADS)
+        try:
+            found = min(max(FIND_DEFAULT(), 1), QN_POOL_MAX_THREADS)
+        except KeyboardInterrupt:
+            PyErr_SetInterrupt()  # there is no way out from here: once more, where there is one
+            return
     qn_pool_set_default_limit(found)
 
 

@@ -7,7 +7,8 @@ scale's index is
     per channel  axis in the middle: block 1                       a scale each l
                  axis last: length 1, inner n, per_inner           a scale each i, the same for every o
     per group    block = group size, per_outer; per_inner when the axis is not the last
-`next_run` cuts the walk into runs of memory whose scale is constant, or advances by one each element.
+`next_run` cuts the walk into runs of memory whose scale is constant, or advances by one each element. `part` is the walk
+over some of the elements, so that a large array can be worked on in pieces.
 """
 
 cdef extern from "Python.h":
@@ -18,8 +19,9 @@ cdef struct Walk:
     Py_ssize_t outer, length, inner, block, blocks
     bint per_outer, per_inner
     Py_ssize_t size, scales
+    # where the next run begins: element, outer index, index along length, index along inner, block; where to stop
+    Py_ssize_t at, o, l, i, b, stop
     # the run at hand
-    Py_ssize_t o, l, b  # where the next one begins: outer index, index along length, block
     Py_ssize_t start, count, scale
     Py_ssize_t step  # 0: one scale for the run; 1: a scale each element
 
@@ -34,31 +36,45 @@ cdef inline Walk new_walk(tuple layout) except *:
     w.blocks = (w.length + w.block - 1) // w.block
     w.size = w.outer * w.length * w.inner
     w.scales = (w.outer if w.per_outer else 1) * w.blocks * (w.inner if w.per_inner else 1)
-    w.o = w.l = w.b = w.start = w.count = w.scale = 0
+    w.at = w.o = w.l = w.i = w.b = w.start = w.count = w.scale = 0
+    w.stop = w.size
     w.step = 1 if w.per_inner else 0
+    return w
+
+
+cdef inline Walk part(const Walk *whole, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
+    """The walk over elements begin .. end - 1 alone; 0 <= begin < end <= size."""
+    cdef Walk w = whole[0]
+    cdef Py_ssize_t rest = begin % (w.length * w.inner)
+    w.at, w.stop = begin, end
+    w.o, w.l, w.i = begin // (w.length * w.inner), rest // w.inner, rest % w.inner
+    w.b = w.l // w.block
     return w
 
 
 cdef inline bint next_run(Walk *w) noexcept nogil:
     """Move to the next run; False when there is none."""
     cdef Py_ssize_t end
-    w.start += w.count
-    if w.l == w.length:
-        w.l = w.b = 0
-        w.o += 1
-    if w.size == 0 or w.o == w.outer:
+    if w.at >= w.stop:
         return False
+    w.start = w.at
     w.scale = (w.o * w.blocks if w.per_outer else 0) + w.b
     end = min((w.b + 1) * w.block, w.length)
     if w.per_inner:
-        w.scale *= w.inner
-        w.count = w.inner
+        w.scale = w.scale * w.inner + w.i
+        w.count = w.inner - w.i
         w.l += 1
     else:
-        w.count = (end - w.l) * w.inner
+        w.count = (end - w.l) * w.inner - w.i
         w.l = end
+    w.i = 0
     if w.l == end:
         w.b += 1
+    if w.l == w.length:
+        w.l = w.b = 0
+        w.o += 1
+    w.count = min(w.count, w.stop - w.at)
+    w.at += w.count
     return True
 
 
