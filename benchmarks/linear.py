@@ -5,9 +5,11 @@ float32 in, float32 out, with a bias; activations are quantized row by row withi
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -36,6 +38,7 @@ from qnative.bench import (
 from tests import reference
 
 INT8 = qn.QuantConfig.int8_per_channel()
+INT4 = replace(qn.QuantConfig.int4_per_group(32).asymmetric(), scale_dtype="float16")
 Shape = tuple[int, int, int]
 
 
@@ -52,17 +55,46 @@ def int8_case(shape: Shape, threads: int = 1) -> Case:
     )  # fmt: skip
 
 
-def cold_case(shape: Shape) -> Case:
+def int4_case(shape: Shape, threads: int = 1) -> Case:
+    """Return a row of the int4 table: the layer, ONNX Runtime's, our int8 layer, the limits and NumPy's product."""
+    return linear_case(shape, INT4, threads=threads, check=check, peers=partial(int4_peers, threads=threads))
+
+
+def int4_peers(problem: Problem, threads: int = 1) -> Iterator[Contender]:
+    """Give those that an int4 layer is compared with, besides limits."""
+    layer = qn.QuantizedLinear.from_float(problem.weight, problem.bias, INT8)
+    contender = ours(layer, problem, name="qnative int8", threads=threads)
+    yield replace(contender, kind="int8")
+    with contextlib.suppress(ImportError):
+        yield peers.int4_contender(problem, INT4, threads)
+
+
+def int4_bits() -> dict[str, tuple[float, float]]:
+    """Return the bits a weight that formats claim (codes, scales, zero points) and that a layer of 4096x4096 takes."""
+    problem, found = Problem.random(1, 4096, 4096), {}
+    formats = ((32, True, "float16"), (32, False, "float16"), (32, True, "float32"), (128, True, "float16"))
+    for size, symmetric, scale_dtype in formats:
+        config = replace(qn.QuantConfig.int4_per_group(size), scale_dtype=scale_dtype)
+        config = config if symmetric else config.asymmetric()
+        claimed = 4 + ((16 if scale_dtype == "float16" else 32) + (0 if symmetric else 4)) / size
+        layer = qn.QuantizedLinear.from_float(problem.weight, None, config)
+        name = f"groups of {size}, {'symmetric' if symmetric else 'asymmetric'}, {scale_dtype} scales"
+        found[name] = claimed, 8 * layer.nbytes / problem.weight.size
+    return found
+
+
+def cold_case(shape: Shape, config: qn.QuantConfig = INT8) -> Case:
     """Return a row whose weights come from memory: each call is another layer's, of four caches' worth of them."""
     problem = Problem.random(*shape)
-    layer = qn.QuantizedLinear.from_float(problem.weight, problem.bias, INT8)
+    layer = qn.QuantizedLinear.from_float(problem.weight, problem.bias, config)
     count = max(2, -(-4 * last_level_cache() // layer.nbytes))
-    layers = [layer] + [qn.QuantizedLinear.from_float(problem.weight, problem.bias, INT8) for _ in range(count - 1)]
-    quantized = peers.Quantized.of(problem)
-    groups = [
-        [ours(each, problem) for each in layers],
-        *zip(*(peers.contenders(quantized) for _ in range(count)), strict=True),
-    ]
+    layers = [layer] + [qn.QuantizedLinear.from_float(problem.weight, problem.bias, config) for _ in range(count - 1)]
+    if config == INT8:
+        quantized = peers.Quantized.of(problem)
+        others = [list(peers.contenders(quantized)) for _ in range(count)]
+    else:
+        others = [list(int4_peers(problem)) for _ in range(count)]
+    groups = [[ours(each, problem) for each in layers], *zip(*others, strict=True)]
     contenders = [
         *map(rotate, groups),
         *read_limits(words(layer.nbytes * count, count), problem.operations, pieces=count),

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from qnative import QuantConfig, quantize_tensor
 from qnative.bench import Contender, Problem, WrongResult
 
 #: What may be installed, for versions in reports.
@@ -178,15 +179,49 @@ def onnxruntime_integer(quantized: Quantized, threads: int) -> Call:
     )
 
 
+def int4_contender(problem: Problem, config: QuantConfig, threads: int = 1) -> Contender:
+    """Build and check ONNX Runtime's int4 layer: MatMulNBits, the same codes, activations as int8 (accuracy level 4).
+
+    Raises
+    ------
+    ImportError
+        If ONNX Runtime is not installed.
+    WrongResult
+        If it computes something else than it is compared for.
+    """
+    q = quantize_tensor(problem.weight, config)
+    (n, k), size = problem.weight.shape, config.group_size
+    assert size is not None and config.dtype == "int4" and k % size == 0 and k // size % 2 == 0
+    nibbles = (q.codes + 8).astype(np.uint8)
+    zeros = np.broadcast_to(q.zero_point + 8, q.scale.shape).astype(np.uint8)
+    constants: dict[str, NDArray[Any]] = {
+        "w": (nibbles[:, 0::2] | nibbles[:, 1::2] << 4).reshape(n, k // size, size // 2),
+        "s": np.asarray(q.scale, np.float32).reshape(-1),
+        "z": (zeros[:, 0::2] | zeros[:, 1::2] << 4).reshape(-1),
+        "b": problem.bias,
+    }
+    inputs = ("x", "w", "s", "z", "", "b")
+    settings = {"K": k, "N": n, "bits": 4, "block_size": size, "accuracy_level": 4}
+    operator = ("MatMulNBits", "com.microsoft")
+    call = bound_session(
+        operator, inputs, constants, problem.x, np.float32, (len(problem.x), n), threads, **settings
+    )
+    product = problem.x @ q.dequantize().T + problem.bias
+    error = float(np.linalg.norm(call.result() - product) / np.linalg.norm(product))
+    if not error < 0.03:
+        raise WrongResult(f"MatMulNBits: relative error {error:.3g} to the product of the same codes")
+    return Contender("ONNX Runtime int4", call.run, problem.operations, "int4", call.prepare)
+
+
 def bound_session(
     operator: tuple[str, str], inputs: tuple[str, ...], constants: dict[str, NDArray[Any]], x: NDArray[Any],
-    out_dtype: type, shape: tuple[int, ...], threads: int,
+    out_dtype: type, shape: tuple[int, ...], threads: int, **settings: int,
 ) -> Call:  # fmt: skip
     """Make a model of one node y = operator(x, constants ...), with x and y, of `shape`, bound to arrays that stay."""
     onnx, onnxruntime = import_module("onnx"), import_module("onnxruntime")
     helper = onnx.helper
     graph = helper.make_graph(
-        [helper.make_node(operator[0], inputs, ["y"], domain=operator[1])],
+        [helper.make_node(operator[0], inputs, ["y"], domain=operator[1], **settings)],
         operator[0],
         [helper.make_tensor_value_info("x", helper.np_dtype_to_tensor_dtype(x.dtype), x.shape)],
         [helper.make_tensor_value_info("y", helper.np_dtype_to_tensor_dtype(np.dtype(out_dtype)), shape)],

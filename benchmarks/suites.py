@@ -34,6 +34,15 @@ SHAPES: tuple[linear.Shape, ...] = (
     (512, 4096, 4096),
 )
 SHORT_SHAPES: tuple[linear.Shape, ...] = ((1, 384, 384), (32, 384, 1536), (128, 768, 3072))
+INT4_SHAPES: tuple[linear.Shape, ...] = (
+    (1, 384, 384),
+    (1, 4096, 4096),
+    (8, 4096, 4096),
+    (32, 4096, 4096),
+    (128, 768, 3072),
+    (128, 4096, 4096),
+    (512, 4096, 4096),
+)
 #: Its rows on two threads.
 TWO_THREAD_SHAPES: tuple[linear.Shape, ...] = ((1, 4096, 4096), (128, 768, 3072))
 #: Rows of the table of weights that are multiplied with floats: one, few, some, many.
@@ -161,8 +170,18 @@ def packing(short: bool) -> Iterator[Table]:
 
 
 def int4(short: bool) -> Iterator[Table]:
-    """Time the int4 layer, a scale for each 32 weights."""
-    yield _format(qn.QuantConfig.int4_per_group(32).asymmetric(), short)
+    """S4: the int4 layer, a float16 scale and a zero point for each 32 weights, against its peers and the limits."""
+    seconds = 0.3 if short else 1.5
+    shapes = SHORT_SHAPES if short else INT4_SHAPES
+    outcomes = timed(map(linear.int4_case, shapes), seconds)
+    yield Table("one thread", outcomes, [] if not short else [*targets.against_int4(outcomes)])
+    if short:
+        return
+    if several() > 1:
+        yield Table("two threads", timed((linear.int4_case(shape, 2) for shape in TWO_THREAD_SHAPES), seconds))
+    cold = timed([linear.cold_case((1, 4096, 4096), linear.INT4)], 2 * seconds)
+    verdicts = [*targets.against_int4(outcomes, cold), *targets.of_int4_bits(linear.int4_bits())]
+    yield Table("weights in memory", cold, verdicts)
 
 
 def fp8(short: bool) -> Iterator[Table]:

@@ -15,6 +15,9 @@ LIMIT_SHARES = ((128, 0.92), (32, 0.88), (8, 0.80))
 SMALL, SMALL_SECONDS, SMALL_READS = (1, 384, 384), 2.5e-6, 1.85
 #: The least operations of a call that two threads must make faster.
 LARGE = 2 * 128 * 768 * 3072
+#: int4: times the speed of its peer; share of the vpdpbusd limit, from how many rows on; of the bandwidth, of one row.
+INT4_TIMES_PEER, INT4_LIMIT_ROWS, INT4_LIMIT_SHARE = 2.5, 32, 0.70
+INT4_READ_SHARES = {"memory": 0.90, "cache": 0.75}
 #: "Not slower", as far as two medians of one run can tell.
 NOT_SLOWER = 0.98
 
@@ -134,6 +137,30 @@ def against_bandwidth(outcomes: Sequence[Outcome]) -> Iterator[Verdict]:
             yield Verdict("S3", what, wanted * 1e6, seconds * 1e6, at_most=True)
         else:
             yield Verdict("S3", f"{label(outcome)}: share of {read}", 0.9, outcome.ratio(OURS, read))
+
+
+def against_int4(outcomes: Sequence[Outcome], cold: Sequence[Outcome] = ()) -> Iterator[Verdict]:
+    """S4: int4 against ONNX Runtime's, the vpdpbusd limit, and for one row the bandwidth and our own int8 layer."""
+    for outcome in [*outcomes, *cold]:
+        one_row = rows_of(outcome) == 1
+        peer, limit, read = outcome.best("int4"), outcome.best("limit"), outcome.best("read")
+        if peer is not None:
+            wanted = 1.0 if one_row else INT4_TIMES_PEER
+            yield Verdict("S4", f"{label(outcome)}: times the speed of {peer}", wanted, outcome.ratio(OURS, peer))
+        if limit is not None and limit.startswith("vpdpbusd") and rows_of(outcome) >= INT4_LIMIT_ROWS:
+            share = outcome.ratio(OURS, limit)
+            yield Verdict("S4", f"{label(outcome)}: share of {limit}", INT4_LIMIT_SHARE, share)
+        if one_row and outcome.case.shape != SMALL and read is not None:
+            wanted = INT4_READ_SHARES["memory" if outcome in cold else "cache"]
+            yield Verdict("S4", f"{label(outcome)}: share of {read}", wanted, outcome.ratio(OURS, read))
+        if one_row and "qnative int8" in outcome.timings:
+            yield Verdict("S4", f"{label(outcome)}: times the int8 layer", 1.0, outcome.ratio(OURS, "qnative int8"))
+
+
+def of_int4_bits(bits: Mapping[str, tuple[float, float]]) -> Iterator[Verdict]:
+    """S4: bits a weight in memory, with the panels' rounding to lines: those claimed and those seen, by name."""
+    for name, (claimed, seen) in bits.items():
+        yield Verdict("S4", f"bits a weight, {name}", claimed * 1.005, seen, at_most=True)
 
 
 def against_avx2(outcomes: Sequence[Outcome]) -> Iterator[Verdict]:

@@ -21,6 +21,9 @@
  *            k-step 0: | n0: k0 k1 k2 k3 | n1: k0 k1 k2 k3 | ... | n15: k0 k1 k2 k3 |
  *            k-step 1: | n0: k4 k5 k6 k7 | ...
  *            int4: two k-steps share 64 bytes, the even one in the low nibbles, the odd one in the high nibbles
+ *   int4 with small groups that is multiplied by codes is `compact`, so that a panel is what its file is: scales of their own
+ *   width, no sums (which unpacking finds), and zero points, unless all are one, as nibbles [groups][8]: those of columns n and
+ *   n + 8 in a byte.
  *            float8: as int8, one code a byte
  *
  * The layout is the same for every instruction set: what one packs, any can run. k is padded with zero codes to
@@ -60,6 +63,8 @@ static inline int64_t qn_round_up(int64_t n, int64_t multiple) { return (n + mul
 
 typedef enum { QN_INT8, QN_INT4, QN_FLOAT8_E4M3FN, QN_FLOAT8_E5M2 } qn_format;
 
+typedef enum { QN_SCALE_FLOAT32, QN_SCALE_FLOAT16, QN_SCALE_BFLOAT16 } qn_scale;
+
 /* How a row of activations becomes codes. */
 typedef enum {
     QN_INPUT_FLOAT,              /* it does not: float32 times decoded weights */
@@ -81,6 +86,9 @@ typedef struct {
     qn_format format;
     qn_bias bias;
     int32_t asymmetric;                /* there are zero points */
+    int32_t compact;                   /* int4 with small groups, see above */
+    qn_scale scale;                    /* how compact ones hold scales; others as float32 */
+    int32_t one_zero;                  /* compact: the zero point of all, or -1 */
     int64_t n, k;                      /* out_features, in_features */
     int64_t group, groups, group_k;    /* k in a group; groups; a group's k as padded */
     int64_t panels, panel_bytes;
@@ -121,13 +129,18 @@ typedef struct {
 typedef struct {
     int rows, panels;
     int64_t groups, group_k;
-    const uint8_t *a;            /* the rows' codes of these groups, a byte each */
+    const uint8_t *a;            /* the rows' codes of these groups */
     int64_t a_stride;
     const uint8_t *codes, *terms; /* as `unpack_groups` has made them, panels beside each other in a k-step, and in a group */
     const int32_t *pairs;        /* [groups][pairs_stride], of which a group's first are the rows' */
     int64_t pairs_stride;
     const float *row_scale;      /* [rows] */
-    float *sum;                  /* [rows][QN_TILE_COLS], added to */
+    const float *before;         /* [rows][QN_TILE_COLS], what the products are added to, to give */
+    float *sum;                  /* [rows][QN_TILE_COLS]; `before` itself but for the first groups */
+    /* What will be unpacked next: `ask` bytes a group from `ahead` on, and from `ahead_apart` bytes on for the next panel. */
+    const uint8_t *ahead;
+    int64_t ahead_apart;
+    int32_t ask;
 } qn_group_tile;
 
 /* An instruction set's operations. Tiles are written as [rows][QN_TILE_COLS]. */
@@ -161,12 +174,14 @@ typedef struct {
      * groups) of a panel: a k-step of codes is 64 bytes, as int8's, and the next is `step` bytes on; int4's are 0..15. A group's
      * terms are its scales, float [16], and pairs of int16 [16]: minus the sum of codes, and times 2^16 minus the zero point.
      * The rows' pairs are a row's zero point and, times 2^16, its sum of codes less the zero points: one multiply-add of pairs
-     * takes both corrections off. `tile_groups` adds the groups' products in ascending order to t->sum, rows up to group_rows by
+     * takes both corrections off. `tile_groups` adds the groups' products in ascending order, rows up to group_rows by
      * panels up to group_panels. May be NULL. */
     int32_t group_rows, group_panels;
     void (*unpack_groups)(const qn_weights *w, const uint8_t *panel, int64_t first, int64_t groups, uint8_t *codes, int64_t step,
                           uint8_t *terms, int64_t term_step);
     void (*tile_groups)(const qn_group_tile *t);
+    /* The whole way of one row by panels [first, last) of compact weights. May be NULL. */
+    void (*row_groups)(const qn_call *c, const qn_rows *rows, int64_t row, int64_t first, int64_t last);
     /* acc = fma(a[k], b[k], acc), k ascending; a is [k / 4][rows][4], the last k / 4 perhaps not full, b is
      * [k][panels * 16] decoded weights. */
     void (*tile_float)(int rows, int panels, int64_t k, const float *a, const float *b, float *acc);
@@ -217,6 +232,9 @@ typedef struct {
 
 /* Pack a matrix into w->data; returns 0 where there was no memory for scratch. */
 int qn_pack(const qn_kernel *kernel, const qn_weights *w, const qn_source *from, int threads, qn_share share);
+/* The scale and zero point of column n, group g. */
+float qn_weight_scale(const qn_weights *w, int64_t n, int64_t g);
+int32_t qn_weight_zero(const qn_weights *w, int64_t n, int64_t g);
 void qn_unpack_panel(const qn_weights *w, int64_t p, int8_t *codes, int64_t stride, int count);
 
 /* The range of each row of x [n][k], rows `stride` bytes apart, extended to contain 0; returns how many are all finite. */

@@ -244,6 +244,38 @@ static void tile_int4(int rows, int panels, int64_t k, const uint8_t *a, int64_t
     tile(1, rows, panels, k, a, a_stride, b, panel_bytes, acc);
 }
 
+#include "qn_groups_tile.h"
+
+/* R rows by one panel of unpacked codes, half of it at a time. */
+QN_INLINE void tile_groups_fixed(const int R, const qn_group_tile *t) {
+    const uint8_t *a = t->a, *codes = t->codes, *terms = t->terms;
+    const int32_t *pairs = t->pairs;
+    for (int64_t g = 0; g < t->groups; g++) {
+        for (int half = 0; half < 2; half++) {
+            VU sum[QN_TILE_ROWS][COLUMN_VECTORS], part[6];
+            multiply(R, BYTES, t->group_k, a, t->a_stride, codes + 32 * half, part);
+#pragma GCC unroll 6
+            for (int r = 0; r < R; r++) sum[r][0] = part[r];
+            finish_group(R, 1, half * QN_W, sum, terms, pairs, t->row_scale, g ? t->sum : t->before, t->sum);
+        }
+        a += t->group_k * QN_A_BYTES;
+        codes += t->group_k * QN_NR;
+        terms += QN_TERM_BYTES;
+        pairs += t->pairs_stride;
+    }
+}
+
+static void tile_groups(const qn_group_tile *t) {
+    switch (t->rows) {
+    case 1: tile_groups_fixed(1, t); break;
+    case 2: tile_groups_fixed(2, t); break;
+    case 3: tile_groups_fixed(3, t); break;
+    case 4: tile_groups_fixed(4, t); break;
+    case 5: tile_groups_fixed(5, t); break;
+    default: tile_groups_fixed(6, t); break;
+    }
+}
+
 #ifdef __clang__
 #pragma clang attribute pop
 #else
@@ -255,7 +287,8 @@ static int usable(void) { return qn_cpu_features()->avx2 && qn_cpu_features()->f
 const qn_kernel qn_kernel_avx2 = {
     .name = "avx2", .layer_rows = LAYER_ROWS, .layer_panels = {0, 3, 3, 3, 3, 3, 3, 3, 3},
     .layer_tile = layer_tile, .usable = usable, .a_bytes = QN_A_BYTES, .rate = 75, .float_rate = 40, .rows = 6, .panels = 3, .float_rows = 6, .float_panels = 1, .direct_rows = 6,
-    .quantize_rows = quantize_rows, .range = finite_range, .quantize_values = quantize_values, .tile_int8 = tile_int8, .tile_int4 = tile_int4, .tile_float = qn_avx2_tile_float,
+    .quantize_rows = quantize_rows, .range = finite_range, .quantize_values = quantize_values, .tile_int8 = tile_int8, .tile_int4 = tile_int4,
+    .group_rows = 6, .group_panels = 1, .unpack_groups = unpack_groups, .tile_groups = tile_groups, .tile_float = qn_avx2_tile_float,
     .float_direct = qn_avx2_float_direct, .decode = qn_avx2_decode, .epilogue = epilogue,
 };
 #else

@@ -49,6 +49,7 @@ static inline void vu_store_bytes(uint8_t *p, const VU q[4], int32_t z, int32_t 
     for (int j = 0; j < 4; j++) p[j] = (uint8_t)(q[j] + (uint32_t)z + (uint32_t)b);
 }
 static inline VU vu_load_u8(const uint8_t *p) { return *p; }
+static inline VU vu_load_u16(const uint16_t *p) { return *p; }
 
 #include "qn_tile.h"
 

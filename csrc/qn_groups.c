@@ -30,36 +30,73 @@ void qn_pair_sums(const qn_call *c, const qn_rows *rows) {
     }
 }
 
-/* Rows of a block by a tile's panels, from `panel` on. */
+/* Codes that are unpacked after those of [g, g + groups) of panels [panel, panel + panels): the same panels' next groups, or
+ * the first ones of the next panels. */
+static const uint8_t *codes_ahead(const qn_weights *w, int64_t panel, int panels, int64_t last, int64_t g) {
+    int64_t code_bits = w->format == QN_INT4 ? 4 : 8;
+    const uint8_t *codes = w->data + w->codes_at;
+    if (g < w->groups) return codes + panel * w->panel_bytes + g * w->group_k * QN_NR * code_bits / 8;
+    return panel + panels < last ? codes + (panel + panels) * w->panel_bytes : 0;
+}
+
+/* Ask for the lines of y that a tile will write. */
+static void ask_for_outputs(const qn_call *c, const qn_rows *rows, int64_t row, int count, int64_t panel, int panels) {
+#ifdef __GNUC__
+    int64_t bytes = c->output == QN_OUTPUT_FLOAT32 ? 4 : 1, end = qn_min64((panel + panels) * QN_NR, c->w->n) * bytes;
+    const uint8_t *y = (const uint8_t *)c->y + (rows->first + row) * c->y_stride;
+    for (int r = 0; r < count; r++, y += c->y_stride)
+        for (int64_t at = panel * QN_NR * bytes; at < end; at += 64) __builtin_prefetch(y + at, 1);
+#else
+    (void)c, (void)rows, (void)row, (void)count, (void)panel, (void)panels;
+#endif
+}
+
+/* Totals of no groups yet: -0 + x is x, for every x. */
+#define EIGHT(X) X, X, X, X, X, X, X, X
+_Alignas(64) static const float nothing[QN_TILE_ROWS * QN_TILE_COLS] = {
+    EIGHT(EIGHT(-0.0f)), EIGHT(EIGHT(-0.0f)), EIGHT(EIGHT(-0.0f)), EIGHT(EIGHT(-0.0f)), EIGHT(EIGHT(-0.0f)), EIGHT(EIGHT(-0.0f)),
+};
+#undef EIGHT
+
+/* Rows of a block by a tile's panels, from `panel` on; `last` is the end of those that this thread does. */
 static void groups_of_panels(const qn_kernel *kernel, const qn_call *c, const qn_rows *rows, int64_t panel, int panels,
-                             uint8_t *scratch) {
+                             int64_t last, uint8_t *scratch) {
     const qn_weights *w = c->w;
     uint8_t *codes = scratch, *terms = codes + code_bytes(w);
     float *sums = (float *)(void *)(terms + term_bytes(w));
     partition tiles = cut_evenly(rows->count, (rows->count + kernel->group_rows - 1) / kernel->group_rows);
-    for (int64_t i = 0; i < rows->count * QN_TILE_COLS; i++) sums[i] = -0.0f; /* -0 + x is x, for every x */
     for (int64_t g = 0, groups; g < w->groups; g += groups) {
         groups = qn_min64(groups_of_piece(w), w->groups - g);
         for (int p = 0; p < panels; p++)
             kernel->unpack_groups(w, w->data + (panel + p) * w->panel_bytes, g, groups, codes + p * 64, panels * 64,
                                   terms + p * QN_TERM_BYTES, panels * QN_TERM_BYTES);
+        const uint8_t *ahead = codes_ahead(w, panel, panels, last, g + groups);
+        int64_t share = qn_round_up(w->group_k * QN_NR * (w->format == QN_INT4 ? 4 : 8) / 8 * groups / tiles.parts, 64);
         for (int64_t t = 0, row = 0; t < tiles.parts; row += part_size(&tiles, t++)) {
+            int count = (int)part_size(&tiles, t);
+            float *sum = sums + row * QN_TILE_COLS;
             qn_group_tile tile = {
-                .rows = (int)part_size(&tiles, t), .panels = panels, .groups = groups, .group_k = w->group_k,
-                .a = rows->a + row * rows->a_stride + g * w->group_k, .a_stride = rows->a_stride, .codes = codes, .terms = terms,
+                .rows = count, .panels = panels, .groups = groups, .group_k = w->group_k,
+                .a = rows->a + row * rows->a_stride + g * w->group_k * kernel->a_bytes, .a_stride = rows->a_stride, .codes = codes, .terms = terms,
                 .pairs = rows->sum + row * rows->sum_row + g * rows->sum_group, .pairs_stride = rows->sum_group,
-                .row_scale = rows->scale + row, .sum = sums + row * QN_TILE_COLS,
+                .row_scale = rows->scale + row, .before = g == 0 ? nothing : sum, .sum = sum,
+                .ahead = ahead ? ahead + t * share : 0, .ahead_apart = w->panel_bytes, .ask = ahead ? (int32_t)qn_round_up(share / groups, 64) : 0,
             };
+            int ends = g + groups == w->groups;
+            if (ends) ask_for_outputs(c, rows, row, count, panel, panels);
             kernel->tile_groups(&tile);
+            if (ends) kernel->epilogue(c, rows, row, count, panel, panels, w->groups - 1, 0, 0, sum);
         }
     }
-    for (int64_t t = 0, row = 0; t < tiles.parts; row += part_size(&tiles, t++))
-        kernel->epilogue(c, rows, row, (int)part_size(&tiles, t), panel, panels, w->groups - 1, 0, 0, sums + row * QN_TILE_COLS);
 }
 
 void qn_groups_block(const qn_kernel *kernel, const qn_call *c, const qn_rows *rows, int64_t first, int64_t last,
                      uint8_t *scratch) {
+    if (rows->count == 1 && kernel->row_groups && c->w->compact) {
+        kernel->row_groups(c, rows, 0, first, last);
+        return;
+    }
     partition tiles = cut_evenly(last - first, (last - first + kernel->group_panels - 1) / kernel->group_panels);
     for (int64_t t = 0, panel = first; t < tiles.parts; panel += part_size(&tiles, t++))
-        groups_of_panels(kernel, c, rows, panel, (int)part_size(&tiles, t), scratch);
+        groups_of_panels(kernel, c, rows, panel, (int)part_size(&tiles, t), last, scratch);
 }

@@ -1,33 +1,7 @@
 /* SPDX-License-Identifier: BSD-3-Clause
  *
- * Weights with groups on AVX-512 VNNI: see `unpack_groups` and `tile_groups` in qn_gemm.h. Included by qn_gemm_vnni.c.
+ * Weights with groups on AVX-512 VNNI: see `tile_groups` in qn_gemm.h. Included by qn_gemm_vnni.c.
  */
-
-static void unpack_groups(const qn_weights *w, const uint8_t *panel, int64_t first, int64_t groups, uint8_t *codes,
-                          int64_t step, uint8_t *terms, int64_t term_step) {
-    const __m512i low_nibble = _mm512_set1_epi8(15), low_half = _mm512_set1_epi32(0xFFFF);
-    int int4 = w->format == QN_INT4;
-    const uint8_t *b = panel + w->codes_at + first * w->group_k * QN_NR / (int4 ? 2 : 1);
-    for (int64_t g = first; g < first + groups; g++, terms += term_step) {
-        for (int64_t k = 0; k < w->group_k; k += 2 * QN_KR, b += int4 ? 64 : 128, codes += 2 * step) {
-            __m512i even = _mm512_loadu_si512(b), odd;
-            if (int4) {
-                odd = _mm512_and_si512(_mm512_srli_epi16(even, 4), low_nibble);
-                even = _mm512_and_si512(even, low_nibble);
-            } else {
-                odd = _mm512_loadu_si512(b + 64);
-            }
-            _mm512_store_si512(codes, even);
-            _mm512_store_si512(codes + step, odd);
-        }
-        __m512i sum = _mm512_loadu_si512(panel + w->sum_at + g * QN_NR * 4), zero = _mm512_setzero_si512();
-        if (w->asymmetric) zero = _mm512_loadu_si512(panel + w->zero_at + g * QN_NR * 4);
-        sum = _mm512_and_si512(_mm512_sub_epi32(_mm512_setzero_si512(), sum), low_half);
-        zero = _mm512_slli_epi32(_mm512_sub_epi32(_mm512_setzero_si512(), zero), 16);
-        _mm512_store_si512(terms, _mm512_loadu_si512(panel + w->scale_at + g * QN_NR * 4));
-        _mm512_store_si512(terms + 64, _mm512_or_si512(sum, zero));
-    }
-}
 
 /* sum[r][p] += products of STEPS k-steps of R rows and P panels' unpacked codes. */
 QN_INLINE void multiply_steps(const int STEPS, const int R, const int P, VU sum[][COLUMN_VECTORS], const row_pointers *rows,
@@ -48,35 +22,84 @@ QN_INLINE void tile_groups_fixed(const int R, const int P, const qn_group_tile *
     VU sum[QN_TILE_ROWS][COLUMN_VECTORS];
     row_pointers rows = pointers_of_rows(t->a, t->a_stride);
     const uint8_t *codes = t->codes, *terms = t->terms;
-    const int32_t *pairs = t->pairs;
+    const int32_t *pairs = t->pairs, pairs_stride = (int32_t)t->pairs_stride, ask = t->ask;
+    const float *row_scale = t->row_scale;
+    const uint8_t *ahead = t->ahead;
+    const int64_t apart = t->ahead_apart, group_k = t->group_k;
+    const float *before = t->before;
+    float *totals = t->sum;
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 3
         for (int p = 0; p < P; p++) sum[r][p] = vu_splat(0);
-    for (int64_t g = t->groups; g > 0; g--, terms += P * QN_TERM_BYTES, pairs += t->pairs_stride) {
-        int64_t k = t->group_k;
+    for (int64_t g = t->groups; g > 0; g--, terms += P * QN_TERM_BYTES, pairs += pairs_stride) {
+        int64_t k = group_k;
+        for (const uint8_t *stop = ahead + ask; ahead < stop; ahead += 64)
+#pragma GCC unroll 3
+            for (int p = 0; p < P; p++) _mm_prefetch((const char *)ahead + p * apart, _MM_HINT_T1);
         for (; k >= 32; k -= 32, codes += 8 * P * 64, rows.a[0] += 32, rows.a[1] += 32)
             multiply_steps(8, R, P, sum, &rows, codes);
         for (; k > 0; k -= 8, codes += 2 * P * 64, rows.a[0] += 8, rows.a[1] += 8)
             multiply_steps(2, R, P, sum, &rows, codes);
+        __asm__("" : "+r"(totals), "+r"(before)); /* a register for all of them */
 #pragma GCC unroll 3
         for (int p = 0; p < P; p++) {
             VF scale = vf_load((const float *)(const void *)(terms + p * QN_TERM_BYTES)), factor;
             __m512i less = _mm512_load_si512(terms + p * QN_TERM_BYTES + 64);
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++) {
-                float(*total)[QN_NR] = (float(*)[QN_NR])(t->sum + r * QN_TILE_COLS + p * QN_NR);
+                const float(*from)[QN_NR] = (const float(*)[QN_NR])(before + r * QN_TILE_COLS + p * QN_NR);
+                float(*total)[QN_NR] = (float(*)[QN_NR])(totals + r * QN_TILE_COLS + p * QN_NR);
                 __asm__("vpdpwssd %[pair]%{1to16%}, %[less], %[sum]\n\t" /* less both corrections */
                         "vmulps %[row]%{1to16%}, %[scale], %[factor]\n\t"
                         "vcvtdq2ps %[sum], %[sum]\n\t"
                         "vmulps %[factor], %[sum], %[sum]\n\t"
-                        "vaddps %[total], %[sum], %[sum]\n\t"
+                        "vaddps %[from], %[sum], %[sum]\n\t"
                         "vmovups %[sum], %[total]\n\t"
                         "vpxord %[sum], %[sum], %[sum]"
-                        : [sum] "+v"(sum[r][p]), [total] "+m"(*total), [factor] "=&v"(factor)
-                        : [less] "v"(less), [scale] "v"(scale), [pair] "m"(pairs[r]), [row] "m"(t->row_scale[r]));
+                        : [sum] "+v"(sum[r][p]), [total] "=m"(*total), [factor] "=&v"(factor)
+                        : [from] "m"(*from), [less] "v"(less), [scale] "v"(scale), [pair] "m"(pairs[r]), [row] "m"(row_scale[r]));
             }
         }
+        before = totals;
+    }
+}
+
+/* One row by one panel, codes unpacked in registers: a matter of reading the panel. Where sums of codes are not stored they are
+ * found beside the product. */
+QN_INLINE VF row_of_groups(const qn_call *c, const qn_rows *rows, int64_t row, const uint8_t *panel, const uint8_t *ahead) {
+    const qn_weights *w = c->w;
+    const uint8_t *a = rows->a + row * rows->a_stride, *b = panel + w->codes_at;
+    const __m512i low_nibble = _mm512_set1_epi8(15), ones = _mm512_set1_epi8(1), low_half = _mm512_set1_epi32(0xFFFF);
+    const int32_t *pairs = rows->sum + row * rows->sum_row;
+    VF total = vf_splat(-0.0f), row_scale = vf_splat(rows->scale[row]);
+    for (int64_t g = 0; g < w->groups; g++, pairs += rows->sum_group) {
+        VU even_sum = vu_splat(0), odd_sum = vu_splat(0), code_sum = vu_splat(0);
+        for (const uint8_t *end = a + w->group_k; a < end; a += 8, b += 64, ahead += 64) {
+            _mm_prefetch((const char *)ahead, _MM_HINT_T0);
+            __m512i even = _mm512_loadu_si512(b), odd = _mm512_and_si512(_mm512_srli_epi16(even, 4), low_nibble);
+            even = _mm512_and_si512(even, low_nibble);
+            add_products(&even_sum, broadcast_step(a), even);
+            add_products(&odd_sum, broadcast_step(a + 4), odd);
+            add_products(&code_sum, _mm512_add_epi8(even, odd), ones);
+        }
+        VU zero = compact_zero(w, panel, 0, g);
+        __m512i pair = _mm512_or_si512(_mm512_and_si512((__m512i)code_sum, low_half), _mm512_slli_epi32((__m512i)zero, 16));
+        __m512i less = _mm512_madd_epi16(pair, _mm512_set1_epi32(*pairs));
+        VF value = _mm512_cvtepi32_ps(_mm512_sub_epi32((__m512i)(even_sum + odd_sum), less));
+        total = total + value * (row_scale * compact_scale(w, panel, 0, g));
+    }
+    return total;
+}
+
+/* Panels [first, last) for one row. */
+static void row_groups(const qn_call *c, const qn_rows *rows, int64_t row, int64_t first, int64_t last) {
+    const qn_weights *w = c->w;
+    for (int64_t p = first; p < last; p++) {
+        float sum[QN_NR];
+        const uint8_t *panel = w->data + p * w->panel_bytes;
+        vf_store(sum, row_of_groups(c, rows, row, panel, panel + w->codes_at + 1024));
+        epilogue(c, rows, row, 1, p, 1, w->groups - 1, 0, 0, sum);
     }
 }
 

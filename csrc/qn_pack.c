@@ -16,10 +16,11 @@ void qn_weights_layout(qn_weights *w) {
     int64_t a_group = QN_NR * w->groups * 4;
     w->bias_at = 0;
     w->scale_at = w->bias == QN_NO_BIAS ? 0 : QN_NR * 4;
-    w->sum_at = w->scale_at + a_group;
+    w->sum_at = w->scale_at + (w->compact && w->scale != QN_SCALE_FLOAT32 ? a_group / 2 : a_group);
     int float8 = w->format >= QN_FLOAT8_E4M3FN;
-    w->zero_at = w->sum_at + (float8 ? 0 : a_group);
-    w->codes_at = qn_round_up(w->zero_at + (w->asymmetric ? a_group : 0), 64);
+    w->zero_at = w->sum_at + (float8 || w->compact ? 0 : a_group);
+    int64_t zeros = w->compact ? (w->one_zero < 0 ? w->groups * QN_NR / 2 : 0) : w->asymmetric ? a_group : 0;
+    w->codes_at = qn_round_up(w->zero_at + zeros, 64);
     w->panel_bytes = w->codes_at + qn_round_up(w->groups * w->group_k * QN_NR / (w->format == QN_INT4 ? 2 : 1), 64);
 }
 
@@ -82,7 +83,7 @@ void qn_pack_panel(const qn_kernel *kernel, const qn_weights *w, int64_t p, cons
         }
     }
     memset(to, 0, (size_t)(panel + w->panel_bytes - to)); /* what rounding the panel up has left */
-    if (w->format < QN_FLOAT8_E4M3FN) sum_codes(kernel, w, panel);
+    if (w->format < QN_FLOAT8_E4M3FN && !w->compact) sum_codes(kernel, w, panel);
 }
 
 void qn_unpack_panel(const qn_weights *w, int64_t p, int8_t *codes, int64_t stride, int count) {
@@ -101,6 +102,39 @@ void qn_unpack_panel(const qn_weights *w, int64_t p, int8_t *codes, int64_t stri
 
 /* ---- a whole matrix ---- */
 
+/* A scale as 16 bits, which hold it exactly. */
+static uint16_t narrow_scale(qn_scale kind, float scale) {
+    uint32_t bits;
+    memcpy(&bits, &scale, 4);
+    if (kind == QN_SCALE_BFLOAT16) return (uint16_t)(bits >> 16);
+    scale *= 0x1p-112f; /* the exponent as float16 counts it; its subnormals become subnormal too */
+    memcpy(&bits, &scale, 4);
+    return (uint16_t)(bits >> 13);
+}
+
+static float widen_scale(qn_scale kind, uint16_t narrow) {
+    if (kind == QN_SCALE_FLOAT16 && narrow < 0x400) return (float)narrow * 0x1p-24f; /* subnormal */
+    uint32_t bits = (uint32_t)narrow << (kind == QN_SCALE_BFLOAT16 ? 16 : 13);
+    float scale;
+    memcpy(&scale, &bits, 4);
+    return kind == QN_SCALE_BFLOAT16 ? scale : scale * 0x1p112f;
+}
+
+float qn_weight_scale(const qn_weights *w, int64_t n, int64_t g) {
+    const uint8_t *at = w->data + n / QN_NR * w->panel_bytes + w->scale_at;
+    int64_t entry = g * QN_NR + n % QN_NR;
+    if (w->compact && w->scale != QN_SCALE_FLOAT32) return widen_scale(w->scale, ((const uint16_t *)(const void *)at)[entry]);
+    return ((const float *)(const void *)at)[entry];
+}
+
+int32_t qn_weight_zero(const qn_weights *w, int64_t n, int64_t g) {
+    const uint8_t *at = w->data + n / QN_NR * w->panel_bytes + w->zero_at;
+    if (!w->asymmetric) return 0;
+    if (!w->compact) return ((const int32_t *)(const void *)at)[g * QN_NR + n % QN_NR];
+    if (w->one_zero >= 0) return w->one_zero;
+    return at[g * QN_NR / 2 + n % (QN_NR / 2)] >> (n % QN_NR < QN_NR / 2 ? 0 : 4) & 15;
+}
+
 /* Scales, zero points and biases of a panel's columns. */
 static void pack_terms(const qn_weights *w, int64_t p, const qn_source *from, int count) {
     uint8_t *panel = w->data + p * w->panel_bytes;
@@ -110,8 +144,15 @@ static void pack_terms(const qn_weights *w, int64_t p, const qn_source *from, in
     memset(panel, 0, (size_t)w->codes_at);
     for (int n = 0; n < count; n++) {
         for (int64_t g = 0; g < w->groups; g++) {
-            scale[g * QN_NR + n] = from->scale[(first + n) * w->groups + g];
-            if (w->asymmetric) zero[g * QN_NR + n] = from->zero[(first + n) * w->groups + g];
+            float given = from->scale[(first + n) * w->groups + g];
+            if (w->compact && w->scale != QN_SCALE_FLOAT32)
+                ((uint16_t *)(void *)scale)[g * QN_NR + n] = narrow_scale(w->scale, given);
+            else
+                scale[g * QN_NR + n] = given;
+            if (w->asymmetric && !w->compact) zero[g * QN_NR + n] = from->zero[(first + n) * w->groups + g];
+            if (w->compact && w->one_zero < 0)
+                panel[w->zero_at + g * QN_NR / 2 + n % (QN_NR / 2)] |=
+                    (uint8_t)(from->zero[(first + n) * w->groups + g] << (n < QN_NR / 2 ? 0 : 4));
         }
     }
     if (w->bias != QN_NO_BIAS) memcpy(panel + w->bias_at, (const uint8_t *)from->bias + first * 4, (size_t)count * 4);

@@ -24,7 +24,8 @@
  *   VB                       vectors of bytes, as long as VF
  *   QN_LOOKUP; vf_of_nibble  defined where there are: the low four bits of each lane, as a float
  *   QN_X86_REGISTER          what inline assembly calls a vector register, on x86
- *   vu_load_u8               bytes, zero-extended
+ *   QN_SUMS_OF_8; sums_of_8(p, s)   defined where codes are bytes and it is quick: 4 * QN_W bytes into sums of 8 of them, uint64
+ *   vu_load_u8 vu_load_u16   bytes, 16-bit words, zero-extended
  *   QN_A_BYTES               bytes an activation code takes
  */
 #include "qn_decode.h"
@@ -298,10 +299,41 @@ static void quantize_float8(const float *x, int64_t n, float scale, qn_format fo
 
 static int takes_codes(const qn_call *c) { return c->input == QN_INPUT_INT8_CODES || c->input == QN_INPUT_UINT8_CODES; }
 
+#ifdef QN_SUMS_OF_8
+/* Sums of groups of codes, a byte each, that lie one after the other, the last one filled up; `group` is a multiple of 8. */
+static void sum_codes_of_groups(const uint8_t *a, int64_t group, int64_t groups, int32_t *sum, int64_t stride) {
+    uint64_t eights[QN_W / 2];
+    int at = QN_W / 2;
+    for (int64_t g = 0; g < groups; g++, sum += stride) {
+        uint64_t total = 0;
+        for (int64_t i = 0; i < group; i += 8) {
+            if (at == QN_W / 2) {
+                sums_of_8(a, eights); /* rows of codes end at a multiple of 64 bytes */
+                a += QN_W * 4;
+                at = 0;
+            }
+            total += eights[at++];
+        }
+        *sum = (int32_t)total;
+    }
+}
+#endif
+
 static void quantize_row_integer(const qn_call *c, qn_rows *rows, int64_t i, row_params p, const uint8_t *x, uint8_t *a) {
     const qn_weights *w = c->w;
     rows->scale[i] = p.scale;
     rows->zero[i] = p.zero;
+#ifdef QN_SUMS_OF_8
+    if (w->groups > 1 && w->group == w->group_k && !takes_codes(c)) { /* one run of codes, without gaps between groups */
+        if (p.beyond)
+            quantize_floats((const float *)x, w->k, p, 1, a);
+        else
+            quantize_floats((const float *)x, w->k, p, 0, a);
+        memset(a + w->k, 0, (size_t)(w->groups * w->group_k - w->k));
+        sum_codes_of_groups(a, w->group_k, w->groups, rows->sum + i * rows->sum_row, rows->sum_group);
+        return;
+    }
+#endif
     for (int64_t g = 0; g < w->groups; g++) {
         int64_t start = g * w->group, n = w->k - start < w->group ? w->k - start : w->group;
         uint8_t *to = a + g * w->group_k * QN_A_BYTES;
@@ -444,6 +476,40 @@ static void emit(const qn_call *c, const qn_rows *rows, int64_t row, int count, 
 #undef EMIT
 }
 
+/* Of compact weights: the scales, zero points and sums of codes of a vector of columns, from column n of a panel on. */
+QN_INLINE VF compact_scale(const qn_weights *w, const uint8_t *panel, int n, int64_t g) {
+    int64_t at = g * QN_NR + n;
+    if (w->scale == QN_SCALE_FLOAT32) return vf_load((const float *)(const void *)(panel + w->scale_at) + at);
+    VU narrow = vu_load_u16((const uint16_t *)(const void *)(panel + w->scale_at) + at);
+    if (w->scale == QN_SCALE_BFLOAT16) return vf_bits(narrow << 16);
+    return vf_bits(narrow << 13) * vf_splat(0x1p112f);
+}
+
+QN_INLINE VU compact_zero(const qn_weights *w, const uint8_t *panel, int n, int64_t g) {
+    if (w->one_zero >= 0) return vu_splat((uint32_t)w->one_zero);
+#if QN_W == 16 /* both halves of the nibbles */
+    uint64_t nibbles, zeros[2];
+    memcpy(&nibbles, panel + w->zero_at + g * 8 + n, 8);
+    zeros[0] = nibbles & 0x0F0F0F0F0F0F0F0Fu;
+    zeros[1] = nibbles >> 4 & 0x0F0F0F0F0F0F0F0Fu;
+    return vu_load_u8((const uint8_t *)zeros);
+#else /* of a vector of 8, or of a single column */
+    VU nibbles = vu_load_u8(panel + w->zero_at + g * 8 + n % 8);
+    return (n < 8 ? nibbles : nibbles >> 4) & vu_splat(15);
+#endif
+}
+
+QN_INLINE VU compact_sum(const qn_weights *w, const uint8_t *panel, int n, int64_t g) {
+    const uint8_t *b = panel + w->codes_at + g * w->group_k * QN_NR / 2 + n * QN_KR;
+    VU sum = vu_splat(0), low = vu_splat(0x0F0F0F0Fu), even_bytes = vu_splat(0x00FF00FFu);
+    for (int64_t k = 0; k < w->group_k; k += 2 * QN_KR, b += 64) {
+        VU codes = vu_load((const uint32_t *)(const void *)b);
+        VU pairs = (codes & low) + ((codes >> 4) & low);
+        sum += (pairs & even_bytes) + ((pairs >> 8) & even_bytes); /* 16 bits: at most 60 for each 8 of k */
+    }
+    return (sum & vu_splat(0xFFFF)) + (sum >> 16);
+}
+
 /* What the columns of one vector have in common: terms of the epilogue that no row changes. */
 typedef struct { VF scale, bias; VU code_sum, zero, int_bias; } column_terms;
 
@@ -451,11 +517,11 @@ QN_INLINE column_terms terms_of_columns(const qn_weights *w, const uint8_t *pane
     column_terms t;
     int64_t at = g * QN_NR + n;
     int float8 = w->format >= QN_FLOAT8_E4M3FN;
-    t.scale = vf_load((const float *)(panel + w->scale_at) + at);
+    t.scale = w->compact ? compact_scale(w, panel, n, g) : vf_load((const float *)(panel + w->scale_at) + at);
     t.bias = w->bias == QN_BIAS_FLOAT32 ? vf_load((const float *)(panel + w->bias_at) + n) : vf_splat(-0.0f); /* x + -0 is x */
     t.int_bias = w->bias == QN_BIAS_INT32 ? vu_load((const uint32_t *)(panel + w->bias_at) + n) : vu_splat(0);
-    t.code_sum = float8 ? vu_splat(0) : vu_load((const uint32_t *)(panel + w->sum_at) + at);
-    t.zero = w->asymmetric ? vu_load((const uint32_t *)(panel + w->zero_at) + at) : vu_splat(0);
+    t.code_sum = float8 ? vu_splat(0) : w->compact ? compact_sum(w, panel, n, g) : vu_load((const uint32_t *)(panel + w->sum_at) + at);
+    t.zero = w->compact ? compact_zero(w, panel, n, g) : w->asymmetric ? vu_load((const uint32_t *)(panel + w->zero_at) + at) : vu_splat(0);
     return t;
 }
 

@@ -40,6 +40,12 @@ static inline void vu_store_u8(uint8_t *p, VU v) {
     _mm_storel_epi64((__m128i *)p, _mm_packus_epi16(low, low));
 }
 static inline VU vu_load_u8(const uint8_t *p) { return (VU)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)); }
+static inline VU vu_load_u16(const uint16_t *p) { return (VU)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)); }
+static inline VU vu_add_bytes(VU sum, VU x) {
+    __m256i pairs = _mm256_maddubs_epi16((__m256i)x, _mm256_set1_epi8(1));
+    return sum + (VU)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+static inline VU vu_add_pairs(VU a, VU b) { return (VU)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
 static inline uint32_t vu_largest(VU v) {
     v = vu_max(v, (VU)_mm256_permute4x64_epi64((__m256i)v, 0x4E));
     v = vu_max(v, (VU)_mm256_shuffle_epi32((__m256i)v, 0x4E));
@@ -89,5 +95,10 @@ static inline VU vu_store_codes(uint8_t *p, const VU q[4], int32_t z) {
     _mm256_storeu_si256((__m256i *)p, codes);
     __m256i pairs = _mm256_maddubs_epi16(codes, _mm256_set1_epi8(1));
     return (VU)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+#define QN_SUMS_OF_8
+static inline void sums_of_8(const uint8_t *p, uint64_t *sums) {
+    __m256i bytes = _mm256_loadu_si256((const __m256i *)p);
+    _mm256_storeu_si256((__m256i *)sums, _mm256_sad_epu8(bytes, _mm256_setzero_si256()));
 }
 #endif

@@ -52,6 +52,12 @@ static inline VU vu_store_codes(uint8_t *p, const VU q[4], int32_t z) {
     return (VU)_mm512_dpbusd_epi32(_mm512_setzero_si512(), codes, _mm512_set1_epi8(1));
 }
 static inline VU vu_load_u8(const uint8_t *p) { return (VU)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)); }
+static inline VU vu_load_u16(const uint16_t *p) { return (VU)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)); }
+static inline VU vu_add_bytes(VU sum, VU x) { return (VU)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)x, _mm512_set1_epi8(1)); }
+#define QN_SUMS_OF_8
+static inline void sums_of_8(const uint8_t *p, uint64_t *sums) {
+    _mm512_storeu_si512(sums, _mm512_sad_epu8(_mm512_loadu_si512(p), _mm512_setzero_si512()));
+}
 #define QN_LOOKUP
 static inline VF vf_of_nibble(VU v) { /* the low four bits are what vpermps looks at */
     const VF values = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);

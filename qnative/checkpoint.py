@@ -135,19 +135,25 @@ def linear_layer(name: str, quantized: QuantizedTensor, sqnr: float | None, **se
     return weight
 
 
-def packed_bytes(shape: tuple[int, ...], config: QuantConfig, bias: bool) -> int:
+def packed_bytes(
+    shape: tuple[int, ...], config: QuantConfig, bias: bool, activations: str | QParams = "dynamic"
+) -> int:
     """Return the bytes that a linear layer takes when it is packed: `QuantizedLinear.nbytes`.
 
     Outputs are packed by 16, inputs padded to a multiple of 8 within each group; every scale has the sum of its codes
-    and, where there is one, its zero point beside it. (Asymmetric layers whose zero points happen all to be 0 in
-    the packed form take less.)
+    and, where there is one, its zero point beside it. Four-bit codes with groups of at most 128 that are multiplied by
+    codes have scales of their own width, no sums, and zero points of half a byte. (Asymmetric layers whose zero points
+    happen all to be 0 in the packed form, or with such groups to be equal, take less.)
     """
     rows, columns = shape
     group = max(1, min(columns, config.group_size or columns))
     groups = -(-columns // group) if columns else 1
-    zero_points = columns > 0 and (config.bits == 4 or not config.is_symmetric)
-    entries = 1 + (not config.info.is_float) + zero_points
-    head = 64 * bias + 64 * groups * entries
+    if config.bits == 4 and groups > 1 and group <= 128 and activations != "float":
+        terms = 16 * (4 if config.scale_dtype == "float32" else 2) + 8 * (not config.is_symmetric)
+    else:
+        zero_points = columns > 0 and (config.bits == 4 or not config.is_symmetric)
+        terms = 64 * (1 + (not config.info.is_float) + zero_points)
+    head = -(-(64 * bias + terms * groups) // 64) * 64
     codes = groups * (-(-group // 8) * 8) * (8 if config.bits == 4 else 16)
     return -(-rows // 16) * (head + -(-codes // 64) * 64)
 
@@ -167,7 +173,7 @@ def check_packing(weights: Mapping[str, Weight], untouched: Mapping[str, Stored]
         if weight.kind == "tensor":
             total += stats.bytes_after
             continue
-        packed = packed_bytes(stats.shape, stats.config, bias is not None)
+        packed = packed_bytes(stats.shape, stats.config, bias is not None, weight.activations)
         total += packed
         if packed - stats.bytes_after > most:
             most, largest = packed - stats.bytes_after, name

@@ -264,6 +264,7 @@ class QuantizedLinear(_core.PackedLinear):
         code_range = (0, 0) if info.is_float else (int(config.quant_min) + offset, int(config.quant_max) + offset)
         self._pack(
             codes, values, k, max(1, min(k, config.group_size or k)), scale, zeros, bias_array, code_range=code_range,
+            scale_dtype=config.scale_dtype,
             format="int4" if info.bits == 4 else "int8" if not info.is_float else info.name,
             input=kind, activation=self._activation, output="float32" if out is None else out.dtype,
             in_params=in_params, out_params=out_params, signed_codes=signed, wide=self._wide,

@@ -16,6 +16,7 @@ import threading
 import tracemalloc
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -1168,6 +1169,8 @@ PACKED = [
     qn.QuantConfig.int8(), qn.QuantConfig.int8_per_channel(), qn.QuantConfig.int8_per_channel().asymmetric(),
     qn.QuantConfig("uint8"), qn.QuantConfig("uint8").asymmetric(), qn.QuantConfig("uint4"),
     qn.QuantConfig.int4_per_group(1), qn.QuantConfig.int4_per_group(9).asymmetric(), qn.QuantConfig.int4(),
+    replace(qn.QuantConfig.int4_per_group(16), scale_dtype="float16"), qn.QuantConfig.int4_per_group(129),
+    replace(qn.QuantConfig.int4_per_group(8).asymmetric(), scale_dtype="bfloat16"),
     qn.QuantConfig.int8().per_group(32), qn.QuantConfig.int8().per_group(5).asymmetric(),
     qn.QuantConfig.fp8().per_channel(), qn.QuantConfig.fp8().per_group(16),
 ]  # fmt: skip
@@ -1181,6 +1184,8 @@ def test_packed_bytes_are_known_before_packing(config: qn.QuantConfig) -> None:
             weight[:1, :1], weight[-1:, -1:] = -1, 2  # no zero point at an end of the codes
             layer = qn.QuantizedLinear.from_float(weight, bias, config)
             assert packed_bytes(shape, config, bias is not None) == layer.nbytes
+            layer = qn.QuantizedLinear.from_float(weight, bias, config, activations="float")
+            assert packed_bytes(shape, config, bias is not None, "float") == layer.nbytes
 
 
 def test_a_model_that_packing_would_make_huge_is_neither_saved_nor_loaded(

@@ -140,6 +140,7 @@ class PackedLinear:
         bias: NDArray[Any] | None,
         *,
         format: str,
+        scale_dtype: str,
         code_range: tuple[int, int],
         input: str,
         activation: str | None,

@@ -109,6 +109,9 @@ def cpu_features():
     }
 
 
+cdef dict SCALES = {"float32": QN_SCALE_FLOAT32, "float16": QN_SCALE_FLOAT16, "bfloat16": QN_SCALE_BFLOAT16}
+
+
 # The layer
 
 cdef bint is_type(cnp.ndarray a, int type) noexcept:
@@ -210,7 +213,7 @@ cdef class PackedLinear:
 
     def _pack(
         self, const uint8_t[:, ::1] codes, const float[:, ::1] values, int64_t k, int64_t group,
-        const float[:, ::1] scale not None, const int32_t[:, ::1] zero, bias, *, str format, tuple code_range, str input,
+        const float[:, ::1] scale not None, const int32_t[:, ::1] zero, bias, *, str format, str scale_dtype, tuple code_range, str input,
         activation, str output, tuple in_params, tuple out_params, bint signed_codes, bint wide,
     ):
         """Pack the weights and set how calls are made.
@@ -226,6 +229,7 @@ cdef class PackedLinear:
         group : int
             k that share a scale; k itself where there are no groups.
         scale : float32[n, groups]
+            Values that `scale_dtype` ("float32", "float16" or "bfloat16") holds exactly.
         zero : int32[n, groups] or None
             Zero points in the terms of `codes`; None where all are 0.
         bias : float32[n], int32[n] or None
@@ -256,6 +260,11 @@ cdef class PackedLinear:
         if not (0 <= k <= QN_MAX_K and 1 <= group <= max(k, 1) and columns == width):
             raise ValueError(f"k={k}, group={group} do not fit {columns} columns")
         w.asymmetric = zero is not None
+        # Small groups multiplied by codes are unpacked before they are used, so their panels hold what the file holds.
+        w.compact = format == "int4" and group < k and group <= QN_PAIR_GROUP and input != "float"
+        if w.compact:
+            w.scale = SCALES[scale_dtype]
+            w.one_zero = 0 if zero is None else zero[0, 0] if zero.size and np.all(np.equal(zero, zero[0, 0])) else -1
         qn_weights_layout(&w)
         if scale.shape[0] != w.n or scale.shape[1] != w.groups:
             raise ValueError(f"scale must have shape ({w.n}, {w.groups})")
@@ -334,17 +343,14 @@ cdef class PackedLinear:
 
     def _read_scales(self, float[:, ::1] scale not None, int32_t[:, ::1] zero not None):
         """Write the scales and zero points back: float32[n, groups] and int32[n, groups]."""
-        cdef int64_t n, g, at
-        cdef const uint8_t *panel
+        cdef int64_t n, g
         if (scale.shape[0], scale.shape[1]) != (self.w.n, self.w.groups) or (
             zero.shape[0], zero.shape[1]) != (self.w.n, self.w.groups):
             raise ValueError(f"scale and zero must have shape ({self.w.n}, {self.w.groups})")
         for n in range(self.w.n):
-            panel = self.w.data + n // QN_NR * self.w.panel_bytes
             for g in range(self.w.groups):
-                at = g * QN_NR + n % QN_NR
-                scale[n, g] = (<const float *>(panel + self.w.scale_at))[at]
-                zero[n, g] = (<const int32_t *>(panel + self.w.zero_at))[at] if self.w.asymmetric else 0
+                scale[n, g] = qn_weight_scale(&self.w, n, g)
+                zero[n, g] = qn_weight_zero(&self.w, n, g)
 
     def _read_bias(self, out not None):
         """Write the bias back: out : float32[n] or int32[n], as it was given."""

@@ -7,6 +7,7 @@ cdef extern from "qn_gemm.h" nogil:
     enum:
         QN_NR
         QN_MAX_K
+        QN_PAIR_GROUP
 
     ctypedef enum qn_format:
         QN_INT8
@@ -41,10 +42,16 @@ cdef extern from "qn_gemm.h" nogil:
         QN_BIAS_FLOAT32
         QN_BIAS_INT32
 
+    ctypedef enum qn_scale:
+        QN_SCALE_FLOAT32
+        QN_SCALE_FLOAT16
+        QN_SCALE_BFLOAT16
+
     ctypedef struct qn_weights:
         qn_format format
         qn_bias bias
-        int32_t asymmetric
+        int32_t asymmetric, compact, one_zero
+        qn_scale scale
         int64_t n, k, group, groups, group_k, panels, panel_bytes
         int64_t bias_at, scale_at, sum_at, zero_at, codes_at
         uint8_t *data
@@ -108,6 +115,8 @@ cdef extern from "qn_gemm.h" nogil:
         const qn_kernel *kernel, const float *x, int64_t n, int64_t k, int64_t stride, float *low, float *high, int threads,
         qn_share share,
     ) noexcept
+    float qn_weight_scale(const qn_weights *w, int64_t n, int64_t g) noexcept
+    int32_t qn_weight_zero(const qn_weights *w, int64_t n, int64_t g) noexcept
     void qn_unpack_panel(const qn_weights *w, int64_t p, int8_t *codes, int64_t stride, int count) noexcept
     int64_t qn_linear_work(const qn_kernel *kernel, const qn_call *c) noexcept
     int64_t qn_scratch_bytes(const qn_kernel *kernel, const qn_call *c, int threads) noexcept

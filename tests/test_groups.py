@@ -1,0 +1,110 @@
+"""Weights with small groups: every kernel against the NumPy reference, the packed form against the bits it claims."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+import qnative as qn
+from tests import reference as ref
+
+SIZES = (1, 7, 8, 16, 24, 32, 40, 64, 100, 128)
+SCALES = ("float32", "float16", "bfloat16")
+
+
+def config_of(dtype: str, size: int, symmetric: bool, scale_dtype: str) -> qn.QuantConfig:
+    config = replace(qn.QuantConfig.int4_per_group(size), dtype=dtype, scale_dtype=scale_dtype)
+    return config if symmetric else config.asymmetric()
+
+
+def expected(layer: qn.QuantizedLinear, x: NDArray[np.float32]) -> NDArray[np.float32]:
+    q, config = layer.weight_quantized(), layer.config
+    w = ref.Weights.build(q.codes, q.scale, q.zero_point, config.dtype, config.group_size)
+    codes, scale, zero = ref.dynamic_rows(x, str(layer.activations))
+    return ref.epilogue(ref.accumulators(codes, zero, w), scale, w, layer.bias)
+
+
+def data(seed: int, m: int, k: int, n: int, kind: str) -> tuple[Any, Any, Any]:
+    """Normal values; or, so that sums reach their ends, the largest codes everywhere; or rows of one sign."""
+    rng = np.random.default_rng(seed)
+    x, w = rng.standard_normal((m, k)).astype(np.float32), rng.standard_normal((n, k)).astype(np.float32)
+    if kind == "ends":
+        x, w = np.where(x > 1.5, -0.01, 1).astype(np.float32), np.where(w > 2, -0.01, 1).astype(np.float32)
+    elif kind == "one sign":
+        x, w = -np.abs(x), np.abs(w)
+    return x, w, rng.standard_normal(n).astype(np.float32)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    m=st.sampled_from((1, 2, 3, 5, 6, 7, 8, 9, 13, 16, 17, 25)),
+    k=st.integers(1, 700),
+    n=st.integers(1, 70),
+    dtype=st.sampled_from(("int4", "int4", "uint4", "int8")),
+    size=st.sampled_from(SIZES),
+    symmetric=st.booleans(),
+    scale_dtype=st.sampled_from(SCALES),
+    activations=st.sampled_from(("dynamic", "dynamic_symmetric")),
+    kind=st.sampled_from(("normal", "ends", "one sign")),
+)
+def test_every_kernel_equals_the_reference(
+    seed: int, m: int, k: int, n: int, dtype: str, size: int, symmetric: bool, scale_dtype: str, activations: str,
+    kind: str,
+) -> None:  # fmt: skip
+    x, w, bias = data(seed, m, k, n, kind)
+    config = config_of(dtype, size, symmetric, scale_dtype)
+    layer = qn.QuantizedLinear.from_float(w, bias, config, activations=activations)
+    wanted = expected(layer, x)
+    for name, usable in qn._core.isas().items():
+        if usable:
+            what = f"{name} {config} {m},{k},{n} {kind} {activations}"
+            ref.assert_same_bits(layer._forward(x, isa=name), wanted, what)
+
+
+@pytest.mark.parametrize("scale_dtype", SCALES)
+@pytest.mark.parametrize("size", [16, 32, 64, 128])
+def test_many_rows_and_panels(size: int, scale_dtype: str, isa: str) -> None:
+    """More rows than a block has, panels than a tile, k than are unpacked at a time; any number of threads."""
+    x, w, bias = data(size, 270, 600, 130, "normal")
+    for symmetric in (True, False):
+        layer = qn.QuantizedLinear.from_float(w, bias, config_of("int4", size, symmetric, scale_dtype))
+        wanted = expected(layer, x)
+        for threads in (1, 2, 3):
+            with qn.num_threads(threads):
+                ref.assert_same_bits(layer._forward(x, isa=isa), wanted, f"{threads} threads")
+        ref.assert_same_bits(layer._forward(x[7], isa=isa), wanted[7], "a row alone")
+
+
+@pytest.mark.parametrize("scale_dtype", SCALES)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_scales_and_zero_points_come_back(symmetric: bool, scale_dtype: str, isa: str) -> None:
+    """Of every size that the dtype has: float16's subnormal scales, too."""
+    _, w, _ = data(1, 1, 200, 33, "normal")
+    w *= np.exp2(np.linspace(-18, 10, 200, dtype=np.float32))
+    w[3] = 0
+    q = qn.quantize_tensor(w, config_of("int4", 16, symmetric, scale_dtype))
+    layer = qn.QuantizedLinear.from_tensor(q)
+    back = layer.weight_quantized()
+    assert np.array_equal(back.data, q.data)
+    ref.assert_same_bits(back.scale_data, q.scale_data)
+    ref.assert_same_bits(back.zero_point, q.zero_point)
+    x = data(2, 3, 200, 1, "normal")[0]
+    ref.assert_same_bits(layer._forward(x, isa=isa), expected(layer, x))
+
+
+@pytest.mark.parametrize(
+    ("size", "symmetric", "scale_dtype", "bits"),
+    [(32, True, "float16", 4.5), (32, True, "bfloat16", 4.5), (32, True, "float32", 5.0), (32, False, "float16", 4.625),
+     (16, True, "float16", 5.0), (64, True, "float16", 4.25), (128, True, "float16", 4.125)],
+)  # fmt: skip
+def test_packed_form_takes_the_bits_it_claims(size: int, symmetric: bool, scale_dtype: str, bits: float) -> None:
+    _, w, _ = data(0, 1, 4096, 32, "normal")
+    layer = qn.QuantizedLinear.from_float(w, None, config_of("int4", size, symmetric, scale_dtype))
+    assert layer.nbytes * 8 == bits * w.size
