@@ -446,10 +446,10 @@ def run(count: int, seed: int, seconds: float, report: str | None, guided: bool)
             )  # fmt: skip
             atheris.Fuzz()
             return
-        rng = random.Random(seed)
+        rng, good = random.Random(seed), list(pool)
         while judge.counts["files"] < count and not (seconds and time.monotonic() - started > seconds):
             number = rng.randrange(2**63)
-            content = mutate(rng.choice(pool), number)
+            content = mutate(rng.choice(good if rng.random() < 0.6 else pool), number)
             if len(content) > LONGEST:
                 continue
             try:
