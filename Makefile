@@ -24,12 +24,14 @@ EXTRA = import sys, tomllib; \
     print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"][sys.argv[1]], sep="\n")
 
 .NOTPARALLEL:
-.PHONY: help demo qat test exhaustive emulate fuzz crash sanitize soak bench bench-peers lint warnings wheel clean
+.PHONY: help demo static qat test stream exhaustive emulate fuzz crash sanitize soak bench bench-peers lint warnings wheel clean
 
 help:
 	@echo "make demo      quantize a real sentence encoder, print how it does, draw a picture"
+	@echo "make static    the encoder with static activations: every method of calibration on sentences it has not seen"
 	@echo "make qat       train a small network on real digits, quantize it, print how it does, draw its scales"
 	@echo "make test      run the tests                  (ARGS= goes to pytest)"
+	@echo "make stream    send a billion values through each observer, in constant memory"
 	@echo "make exhaustive the sweeps that take minutes: all 2^32 float32 values, every bit of a file"
 	@echo "make emulate   the same bits on other CPUs: aarch64 and older x86, emulated (installs emulators where it may)"
 	@echo "make fuzz      a million files that lie, guided by coverage      (ARGS= goes to tests/fuzz_files.py)"
@@ -46,11 +48,17 @@ help:
 demo: $(BUILT) $(VENV)/.stamp-demo $(VENV)/.stamp-model
 	$(BIN)/python examples/minilm.py --picture $(PICTURE) $(ARGS)
 
+static: $(BUILT) $(VENV)/.stamp-demo $(VENV)/.stamp-model
+	$(BIN)/python examples/minilm_static.py $(ARGS)
+
 qat: $(BUILT) $(VENV)/.stamp-qat-demo
 	$(BIN)/python examples/qat_digits.py --picture $(QAT_PICTURE) $(ARGS)
 
 test: $(BUILT) $(VENV)/.stamp-test
 	$(BIN)/python -m pytest $(ARGS)
+
+stream: $(BUILT) $(VENV)/.stamp-test
+	$(BIN)/python -m pytest -s --slow tests/test_streams.py -k billion $(ARGS)
 
 exhaustive: $(BUILT) $(VENV)/.stamp-test
 	$(BIN)/python -m pytest --slow -m slow $(ARGS)
@@ -128,7 +136,7 @@ $(BUILT): $(SOURCES) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
-$(addprefix $(VENV)/.stamp-,demo qat-demo test fuzz bench bench-peers lint): $(VENV)/.stamp-%: pyproject.toml | $(BIN)/python
+$(addprefix $(VENV)/.stamp-,demo qat-demo dask test fuzz bench bench-peers lint): $(VENV)/.stamp-%: pyproject.toml | $(BIN)/python
 	$(BIN)/python -c '$(EXTRA)' $* > $(VENV)/requirements-$*.txt
 	$(BIN)/python -m pip install --quiet --requirement $(VENV)/requirements-$*.txt
 	touch $@

@@ -19,6 +19,7 @@ C_SOURCES = [
     "csrc/qn_cpu.c",
     "csrc/qn_float_avx2.c",
     "csrc/qn_float_neon.c",
+    "csrc/qn_float_avx512.c",
     "csrc/qn_gemm_scalar.c",
     "csrc/qn_gemm_avx2.c",
     "csrc/qn_gemm_avxvnni.c",

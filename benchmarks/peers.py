@@ -159,26 +159,35 @@ def onnxruntime_dynamic(quantized: Quantized, threads: int) -> Call:
         "b": problem.bias,
     }
     inputs = ("x", "w", "s", "z", "b")
-    return _session(("DynamicQuantizeMatMul", "com.microsoft"), inputs, constants, problem.x, np.float32, threads)
+    return bound_session(
+        ("DynamicQuantizeMatMul", "com.microsoft"),
+        inputs,
+        constants,
+        problem.x,
+        np.float32,
+        problem.output().shape,
+        threads,
+    )
 
 
 def onnxruntime_integer(quantized: Quantized, threads: int) -> Call:
     """ONNX Runtime's MatMulInteger, uint8 times int8."""
     constants = {"w": np.ascontiguousarray(quantized.weight.T)}
-    return _session(("MatMulInteger", ""), ("x", "w"), constants, quantized.x, np.int32, threads)
+    return bound_session(
+        ("MatMulInteger", ""), ("x", "w"), constants, quantized.x, np.int32, quantized.problem.output().shape, threads
+    )
 
 
-def _session(
+def bound_session(
     operator: tuple[str, str], inputs: tuple[str, ...], constants: dict[str, NDArray[Any]], x: NDArray[Any],
-    out_dtype: type, threads: int,
+    out_dtype: type, shape: tuple[int, ...], threads: int,
 ) -> Call:  # fmt: skip
-    """Make a model of one node y = operator(x, constants ...), with x and y bound to arrays that stay."""
+    """Make a model of one node y = operator(x, constants ...), with x and y, of `shape`, bound to arrays that stay."""
     onnx, onnxruntime = import_module("onnx"), import_module("onnxruntime")
     helper = onnx.helper
-    shape = (len(x), constants["w"].shape[1])
     graph = helper.make_graph(
         [helper.make_node(operator[0], inputs, ["y"], domain=operator[1])],
-        "linear",
+        operator[0],
         [helper.make_tensor_value_info("x", helper.np_dtype_to_tensor_dtype(x.dtype), x.shape)],
         [helper.make_tensor_value_info("y", helper.np_dtype_to_tensor_dtype(np.dtype(out_dtype)), shape)],
         [onnx.numpy_helper.from_array(array, name) for name, array in constants.items()],

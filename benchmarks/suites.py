@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import qnative as qn
+from benchmarks import elementwise as elements
 from benchmarks import fake_quant as simulation
 from benchmarks import install as installation
 from benchmarks import limits as machine
@@ -35,6 +36,15 @@ SHAPES: tuple[linear.Shape, ...] = (
 SHORT_SHAPES: tuple[linear.Shape, ...] = ((1, 384, 384), (32, 384, 1536), (128, 768, 3072))
 #: Its rows on two threads.
 TWO_THREAD_SHAPES: tuple[linear.Shape, ...] = ((1, 4096, 4096), (128, 768, 3072))
+#: Rows of the table of weights that are multiplied with floats: one, few, some, many.
+WEIGHT_ONLY_SHAPES: tuple[linear.Shape, ...] = (
+    (1, 4096, 4096),
+    (8, 4096, 4096),
+    (32, 4096, 4096),
+    (128, 768, 3072),
+    (128, 4096, 4096),
+    (512, 1024, 1024),
+)
 #: Numbers of rows for the picture, powers of two; and for "time linear in M", which must hold for any other as well.
 ROWS = tuple(1 << i for i in range(10))
 FLAT_ROWS = (128, 131, 200, 256, 333, 512, 777, 1000)
@@ -160,6 +170,40 @@ def fp8(short: bool) -> Iterator[Table]:
     yield _format(qn.QuantConfig.fp8().per_channel(), short)
 
 
+def weight_only(short: bool) -> Iterator[Table]:
+    """Time layers with float activations, of every format of weights, one thread and two."""
+    formats = {
+        "int8": qn.QuantConfig.int8_per_channel(),
+        "int4": qn.QuantConfig.int4_per_group(32).asymmetric(),
+        "float8_e4m3fn": qn.QuantConfig.fp8().per_channel(),
+        "float8_e5m2": qn.QuantConfig.fp8("float8_e5m2").per_channel(),
+    }
+    for name, config in formats.items():
+        for threads in (1,) if short or several() < 2 else (1, 2):
+            shapes = SHORT_SHAPES if short else TWO_THREAD_SHAPES if threads > 1 else WEIGHT_ONLY_SHAPES
+            cases = (
+                linear_case(shape, config, activations="float", threads=threads, check=linear.check) for shape in shapes
+            )
+            outcomes = timed(cases, 0.2 if short else 1.5)
+            title = f"{name}, {'one thread' if threads == 1 else 'two threads'}"
+            yield Table(title, outcomes, [*targets.against_float32(outcomes, name)])
+
+
+def elementwise(short: bool) -> Iterator[Table]:
+    """S6: elementwise work against loops that move the same bytes, and everyone; from memory, and in the L2 cache."""
+    seconds = 0.1 if short else 1.0
+    rows = [row for row in elements.rows() if not short or row.name in elements.SHORT]
+    large = 1 << (20 if short else 24)
+    outcomes = timed((elements.case(row, large) for row in rows), seconds)
+    times = {row.name: row.times for row in rows}
+    yield Table(f"2^{large.bit_length() - 1}", outcomes, [*targets.of_elements(outcomes, times)], "G elements/s")
+    outcomes = timed((elements.case(row, large) for row in elements.histograms()), seconds)
+    yield Table("counting", outcomes, [*targets.of_counting(outcomes)], "G values/s")
+    if not short:
+        outcomes = timed((elements.case(row, 1 << 16) for row in elements.rows()), seconds / 4)
+        yield Table("2^16, in the L2 cache", outcomes, unit="G elements/s")
+
+
 def fake_quant(short: bool) -> Iterator[Table]:
     """Time fake quantization, forward and with the backward pass of LSQ, against loops that move the same bytes."""
     names = simulation.SHORT if short else tuple(simulation.CONFIGS)
@@ -178,5 +222,19 @@ def _format(config: qn.QuantConfig, short: bool) -> Table:
 
 SUITES: dict[str, Suite] = {
     suite.__name__: suite
-    for suite in (limits, int8, rows, avx2, threads, flat, packing, install, int4, fp8, fake_quant)
+    for suite in (
+        limits,
+        int8,
+        rows,
+        avx2,
+        threads,
+        flat,
+        packing,
+        install,
+        int4,
+        fp8,
+        weight_only,
+        elementwise,
+        fake_quant,
+    )
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,6 +102,15 @@ def against_peers(outcomes: Sequence[Outcome]) -> Iterator[Verdict]:
             yield Verdict("S1", f"{label(outcome)}: times the speed of {best}", 0.97, outcome.ratio(OURS, best))
 
 
+def against_float32(outcomes: Sequence[Outcome], weights: str) -> Iterator[Verdict]:
+    """S4: weights multiplied with floats against NumPy's product of float32, for one row and from 128 rows on."""
+    for outcome in outcomes:
+        best, rows = outcome.best("float32"), rows_of(outcome)
+        if best is not None and (rows == 1 or rows >= 128) and outcome.case.shape != SMALL:
+            what = f"{label(outcome)}, {weights} weights, float activations: times the speed of {best}"
+            yield Verdict("S4", what, 2.0 if rows == 1 else 0.95, outcome.ratio(OURS, best))
+
+
 def against_compute_limit(outcomes: Sequence[Outcome]) -> Iterator[Verdict]:
     """S2: shares of the vpdpbusd limit, on a machine that has the instruction."""
     for outcome in outcomes:
@@ -174,6 +183,23 @@ def of_import(outcome: Outcome) -> Iterator[Verdict]:
 def of_package(size: int) -> Iterator[Verdict]:
     """S9: the size of the built package."""
     yield Verdict("S9", "megabytes of the built package", 2.0, size / 1e6, True)
+
+
+def of_elements(outcomes: Sequence[Outcome], times: Mapping[str, float]) -> Iterator[Verdict]:
+    """S6: 90% of a plain loop that moves the same bytes; ahead of every peer, of some operations by as much as given."""
+    for outcome in outcomes:
+        loop, best = outcome.best("read"), outcome.best("dynamic")
+        if loop is not None:
+            yield Verdict("S6", f"{outcome.case.name}: share of {loop}", 0.9, outcome.ratio(OURS, loop))
+        if best is not None:
+            wanted = times[outcome.case.name]
+            yield Verdict("S6", f"{outcome.case.name}: times the speed of {best}", wanted, outcome.ratio(OURS, best))
+
+
+def of_counting(outcomes: Sequence[Outcome]) -> Iterator[Verdict]:
+    """S6: a billion values a second."""
+    for outcome in outcomes:
+        yield Verdict("S6", f"{outcome.case.name}: 1e9 values a second", 1.0, outcome.rate(OURS) / 1e9)
 
 
 def of_packing(outcome: Outcome) -> Iterator[Verdict]:

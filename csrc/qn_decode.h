@@ -36,8 +36,8 @@ QN_INLINE int is_float8(code_kind kind) { return kind == CODES_E4M3FN || kind ==
 /* k of 64 bytes of a panel. */
 QN_INLINE int k_of_step(code_kind kind) { return kind == CODES_INT4 ? 2 * QN_KR : QN_KR; }
 
-QN_INLINE const uint8_t *codes_of_group(const qn_weights *w, const uint8_t *panel, int64_t g) {
-    return panel + w->codes_at + g * w->group_k * QN_NR / (w->format == QN_INT4 ? 2 : 1);
+QN_INLINE const uint8_t *codes_of_group(const code_kind kind, const qn_weights *w, const uint8_t *panel, int64_t g) {
+    return panel + w->codes_at + g * w->group_k / k_of_step(kind) * (QN_NR * QN_KR);
 }
 
 /* The values of float8 codes. Above the largest finite code: Inf and NaN in e5m2, NaN in e4m3fn. */
@@ -56,7 +56,7 @@ QN_INLINE VF decode_float8(VU code, qn_format format) {
 /* What the columns of a vector have in common in a group. */
 typedef struct {
     VF scale;      /* 1 where the weights are not to be scaled */
-    VF step_scale; /* the same, or times the power of two that decode_step needs */
+    VF step_scale; /* the same, or times the power of two that decode_byte needs */
     VF zero;
     VU zero_bytes; /* four times the zero point */
 } decode_terms;
@@ -90,35 +90,36 @@ QN_INLINE VF decode_one(const code_kind kind, VU v, int k, const decode_terms *t
 
 #if QN_W > 1
 
-/* Four k at once: those of a k-step, or of half of int4's. float8: normal codes and step scales only. */
-QN_INLINE void decode_step(const code_kind kind, const int half, VU v, const decode_terms *t, VF out[QN_KR]) {
-#ifdef QN_LOOKUP
-    if (kind == CODES_INT4) {
-#pragma GCC unroll 4
-        for (int j = 0; j < QN_KR; j++) out[j] = (vf_of_nibble(v >> (8 * j + 4 * half)) - t->zero) * t->scale;
-        return;
-    }
-#else
-    if (kind == CODES_INT4) v = (VU)((VB)((half ? v >> 4 : v) & vu_splat(0x0F0F0F0F)) - (VB)t->zero_bytes);
+/* The part of a k-step that decode_byte takes: int4 has two, k 0..3 and 4..7. */
+QN_INLINE VU bytes_of_half(const code_kind kind, const int half, VU v, const decode_terms *t) {
+    if (kind != CODES_INT4) return v;
+    if (half) v = v >> 4;
+#ifndef QN_LOOKUP
+    v = (VU)((VB)(v & vu_splat(0x0F0F0F0F)) - (VB)t->zero_bytes);
 #endif
-#pragma GCC unroll 4
-    for (int j = 0; j < QN_KR; j++) {
-        VI top = (VI)(v << (24 - 8 * j)); /* the code, and what does not count below it */
-        if (kind == CODES_E4M3FN || kind == CODES_E5M2) {
-            /* The sign where it belongs, exponent and mantissa at the lower ends of theirs: a float32 that is the value but for
-             * the difference of the exponents' biases, 120 or 112. A product makes up for it, the one with the scale: exact
-             * before it is rounded. A subnormal code would be a subnormal float32, right but slow on many a CPU. */
-            VU bits = kind == CODES_E4M3FN ? (VU)(top >> 4) & vu_splat(0x87F00000) : (VU)(top >> 3) & vu_splat(0x8FE00000);
-            out[j] = vf_bits(bits) * t->step_scale;
-        } else {
-            VF value = vf_from_vu((VU)(top >> 24));
-            if (kind == CODES_INT8_ZERO) value = value - t->zero;
-            out[j] = value * t->scale;
-        }
-    }
+    (void)t;
+    return v;
 }
 
-/* Are there float8 codes, in `count` vectors, that decode_step does not take? */
+/* The j-th k of these. float8: normal codes and step scales only. */
+QN_INLINE VF decode_byte(const code_kind kind, VU bytes, const int j, const decode_terms *t) {
+#ifdef QN_LOOKUP
+    if (kind == CODES_INT4) return (vf_of_nibble(bytes >> (8 * j)) - t->zero) * t->scale;
+#endif
+    VI top = (VI)(bytes << (24 - 8 * j)); /* the code, and what does not count below it */
+    if (is_float8(kind)) {
+        /* The sign where it belongs, exponent and mantissa at the lower ends of theirs: a float32 that is the value but for
+         * the difference of the exponents' biases, 120 or 112. A product makes up for it, the one with the scale: exact
+         * before it is rounded. A subnormal code would be a subnormal float32, right but slow on many a CPU. */
+        VU bits = kind == CODES_E4M3FN ? (VU)(top >> 4) & vu_splat(0x87F00000) : (VU)(top >> 3) & vu_splat(0x8FE00000);
+        return vf_bits(bits) * t->step_scale;
+    }
+    VF value = vf_from_vu((VU)(top >> 24));
+    if (kind == CODES_INT8_ZERO) value = value - t->zero;
+    return value * t->scale;
+}
+
+/* Are there float8 codes, in `count` vectors, that decode_byte does not take? */
 QN_INLINE int has_special(const code_kind kind, const int count, const VU v[]) {
     /* Twice a byte loses its sign. Subnormal ones wrap around to above the largest finite code, where Inf and NaN are. */
     return kind == CODES_E4M3FN ? vu_bytes_above(count, v, 2 * 0x08, 2 * (0x7E - 0x08))

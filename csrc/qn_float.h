@@ -12,6 +12,19 @@
  */
 #include "qn_decode.h"
 
+/* Compilers start as many loads and products of an unrolled loop as they can before the first sum, and spill, or move sums from
+ * register to register; the CPU is better at that. So one thing is done after the other, and a sum stays where it is. */
+#ifdef QN_VECTOR_REGISTER
+#define IN_TURN(v) __asm__ volatile("" : "+" QN_VECTOR_REGISTER(v))
+#define POINTER_IN_TURN(p) __asm__ volatile("" : "+r"(p))
+#define ADD_PRODUCT(sum, x, w) \
+    __asm__ volatile("vfmadd231ps %2, %1, %0" : "+" QN_VECTOR_REGISTER(sum) : QN_VECTOR_REGISTER(x), QN_VECTOR_REGISTER(w))
+#else
+#define IN_TURN(v) (void)(v)
+#define POINTER_IN_TURN(p) (void)(p)
+#define ADD_PRODUCT(sum, x, w) (sum) = vf_fma(x, w, sum)
+#endif
+
 enum {
     PANEL_PARTS = QN_NR / QN_W, /* vectors of a panel */
     DIRECT_ROWS = 6             /* more rows are better served by weights that are decoded once for all of them */
@@ -21,13 +34,15 @@ enum {
 
 QN_INLINE void multiply_row_of_weights(const int R, const int V, VF sum[][QN_TILE_PANELS * PANEL_PARTS], const float *a, const float *b) {
     VF w[QN_TILE_PANELS * PANEL_PARTS];
+    POINTER_IN_TURN(b);
 #pragma GCC unroll 8
     for (int v = 0; v < V; v++) w[v] = vf_load(b + v * QN_W);
 #pragma GCC unroll 9
     for (int r = 0; r < R; r++) {
+        POINTER_IN_TURN(a);
         VF x = vf_splat(a[r * QN_KR]);
 #pragma GCC unroll 8
-        for (int v = 0; v < V; v++) sum[r][v] = vf_fma(x, w[v], sum[r][v]);
+        for (int v = 0; v < V; v++) ADD_PRODUCT(sum[r][v], x, w[v]);
     }
 }
 
@@ -72,7 +87,7 @@ QN_INLINE void decode_codes(const code_kind kind, const qn_weights *w, const uin
                             int scaled, float *out, int64_t stride) {
     const int step = k_of_step(kind);
     const int64_t end = k0 + k;
-    const uint8_t *codes = codes_of_group(w, panel, g) + k0 / step * 64;
+    const uint8_t *codes = codes_of_group(kind, w, panel, g) + k0 / step * 64;
     int careful = is_float8(kind) && scaled && has_huge_scales(kind, w, panel, 1, g, g + 1);
     decode_terms terms[PANEL_PARTS];
     for (int v = 0; v < PANEL_PARTS; v++) terms[v] = terms_of_group(kind, w, panel, g, v * QN_W, scaled);
@@ -91,10 +106,9 @@ QN_INLINE void decode_codes(const code_kind kind, const qn_weights *w, const uin
         for (int half = 0; half < step / QN_KR; half++, out += QN_KR * stride) {
 #pragma GCC unroll 4
             for (int v = 0; v < PANEL_PARTS; v++) {
-                VF value[QN_KR];
-                decode_step(kind, half, code[v], terms + v, value);
+                VU bytes = bytes_of_half(kind, half, code[v], terms + v);
 #pragma GCC unroll 4
-                for (int j = 0; j < QN_KR; j++) vf_store(out + j * stride + v * QN_W, value[j]);
+                for (int j = 0; j < QN_KR; j++) vf_store(out + j * stride + v * QN_W, decode_byte(kind, bytes, j, terms + v));
             }
         }
     }
@@ -111,16 +125,24 @@ static void decode(const qn_weights *w, const uint8_t *panel, int64_t g, int64_t
 
 /* ---- few rows: decoded into registers, and multiplied there ---- */
 
-/* sum += k `from` to `to` of a k-step of V vectors, one by one. */
+QN_INLINE void add_products_of_k(const int R, const int V, VF sum[][QN_DIRECT_PANELS * PANEL_PARTS], const float *const x[],
+                                 int64_t k, const VF value[]) {
+#pragma GCC unroll 6
+    for (int r = 0; r < R; r++) {
+        VF from_row = vf_splat(x[r][k]);
+#pragma GCC unroll 8
+        for (int v = 0; v < V; v++) ADD_PRODUCT(sum[r][v], from_row, value[v]);
+    }
+}
+
+/* The first `count` k of a k-step of V vectors, one by one. */
 QN_INLINE void multiply_careful(const code_kind kind, const int R, const int V, VF sum[][QN_DIRECT_PANELS * PANEL_PARTS],
                                 const float *const x[], int64_t k, int count, const VU code[], const decode_terms terms[]) {
     for (int j = 0; j < count; j++) {
+        VF value[QN_DIRECT_PANELS * PANEL_PARTS];
 #pragma GCC unroll 8
-        for (int v = 0; v < V; v++) {
-            VF value = decode_one(kind, code[v], j, terms + v);
-#pragma GCC unroll 6
-            for (int r = 0; r < R; r++) sum[r][v] = vf_fma(vf_splat(x[r][k + j]), value, sum[r][v]);
-        }
+        for (int v = 0; v < V; v++) value[v] = decode_one(kind, code[v], j, terms + v);
+        add_products_of_k(R, V, sum, x, k + j, value);
     }
 }
 
@@ -140,7 +162,7 @@ QN_INLINE void direct_fixed(const code_kind kind, const int R, const int P, cons
         for (int v = 0; v < V; v++) sum[r][v] = vf_splat(0.0f);
     }
     for (int64_t g = 0; g < w->groups; g++) {
-        const uint8_t *codes = codes_of_group(w, base, g);
+        const uint8_t *codes = codes_of_group(kind, w, base, g);
         const int64_t first = g * w->group, end = qn_min64(first + w->group, w->k);
         decode_terms terms[QN_DIRECT_PANELS * PANEL_PARTS];
         VU code[QN_DIRECT_PANELS * PANEL_PARTS];
@@ -159,15 +181,18 @@ QN_INLINE void direct_fixed(const code_kind kind, const int R, const int P, cons
             }
 #pragma GCC unroll 2
             for (int half = 0; half < step / QN_KR; half++) {
+                VU bytes[QN_DIRECT_PANELS * PANEL_PARTS];
 #pragma GCC unroll 8
-                for (int v = 0; v < V; v++) {
-                    VF value[QN_KR];
-                    decode_step(kind, half, code[v], terms + v, value);
+                for (int v = 0; v < V; v++) bytes[v] = bytes_of_half(kind, half, code[v], terms + v);
 #pragma GCC unroll 4
-                    for (int j = 0; j < QN_KR; j++)
-#pragma GCC unroll 6
-                        for (int r = 0; r < R; r++)
-                            sum[r][v] = vf_fma(vf_splat(x[r][k + half * QN_KR + j]), value[j], sum[r][v]);
+                for (int j = 0; j < QN_KR; j++) {
+                    VF value[QN_DIRECT_PANELS * PANEL_PARTS];
+#pragma GCC unroll 8
+                    for (int v = 0; v < V; v++) {
+                        IN_TURN(bytes[v]);
+                        value[v] = decode_byte(kind, bytes[v], j, terms + v);
+                    }
+                    add_products_of_k(R, V, sum, x, k + half * QN_KR + j, value);
                 }
             }
         }
@@ -192,33 +217,42 @@ QN_INLINE void direct_fixed(const code_kind kind, const int R, const int P, cons
         for (int v = 0; v < V; v++) vf_store(out + r * QN_TILE_COLS + v * QN_W, sum[r][v]);
 }
 
-#define DIRECT_ROWS_2(X, KIND) X(KIND, 1) X(KIND, 2)
+/* Numbers of rows that there are tiles for: beside each other as many as pay, of a panel alone (often the last one) few. Others
+ * take the next larger tile. */
 #if QN_DIRECT_WIDE_ROWS == 6
-#define DIRECT_SIZES(X, KIND) DIRECT_ROWS_2(X, KIND) X(KIND, 3) X(KIND, 4) X(KIND, 6)
+#define WIDE_TILES(X, KIND) X(KIND, 1) X(KIND, 2) X(KIND, 4) X(KIND, 6)
+#define NARROW_TILES(X, KIND) X(KIND, 1) X(KIND, 6)
 #elif QN_DIRECT_WIDE_ROWS == 2
-#define DIRECT_SIZES(X, KIND) DIRECT_ROWS_2(X, KIND)
+#define WIDE_TILES(X, KIND) X(KIND, 1) X(KIND, 2)
+#define NARROW_TILES(X, KIND) X(KIND, 1) X(KIND, 4) X(KIND, 6)
 #else
-#error "list the numbers of rows"
+#error "list the tiles"
 #endif
 
 static void float_direct(const qn_call *c, const qn_rows *rows, int64_t row, int count, int64_t panel, int panels, float *out) {
-    static const uint8_t sizes[DIRECT_ROWS + 1] = {0, 1, 2, 3, 4, 6, 6};
-#define SIZE(KIND, R, P) (((KIND) * 8 + (R)) * 4 + (P))
-#define CASE(KIND, R, P) case SIZE(KIND, R, P): direct_fixed(KIND, R, P, c, rows, row, count, panel, out); break;
-#define WIDE(KIND, R) CASE(KIND, R, QN_DIRECT_PANELS)
-#define KIND_CASES(KIND) \
-    CASE(KIND, 1, 1) CASE(KIND, 2, 1) CASE(KIND, 3, 1) CASE(KIND, 4, 1) CASE(KIND, 6, 1) DIRECT_SIZES(WIDE, KIND)
-    code_kind kind = kind_of_codes(c->w);
-    while (panels > 0) {
-        int rows_of_tile = sizes[count];
-        int wide = panels >= QN_DIRECT_PANELS && rows_of_tile <= QN_DIRECT_WIDE_ROWS ? QN_DIRECT_PANELS : 1;
-        switch (SIZE(kind, rows_of_tile, wide)) { CODE_KINDS(KIND_CASES) }
-        panels -= wide;
-        panel += wide;
-        out += wide * QN_NR;
+#define CASE(KIND, R, P)                                                  \
+    if (kind == (KIND) && count <= (R)) {                                 \
+        direct_fixed(KIND, R, P, c, rows, row, count, panel, out);        \
+        continue;                                                         \
     }
-#undef KIND_CASES
+#define WIDE(KIND, R) CASE(KIND, R, QN_DIRECT_PANELS)
+#define NARROW(KIND, R) CASE(KIND, R, 1)
+    code_kind kind = kind_of_codes(c->w);
+    /* Where more rows than these share the work of decoding, int8 without zero points is not worth a loop of its own. */
+    if (kind == CODES_INT8 && count > 2) kind = CODES_INT8_ZERO;
+    for (int wide; panels > 0; panels -= wide, panel += wide, out += wide * QN_NR) {
+        wide = panels >= QN_DIRECT_PANELS && count <= QN_DIRECT_WIDE_ROWS ? QN_DIRECT_PANELS : 1;
+        if (wide > 1) {
+            WIDE(CODES_INT8, 1) WIDE(CODES_INT8, 2)
+            WIDE_TILES(WIDE, CODES_INT8_ZERO) WIDE_TILES(WIDE, CODES_INT4)
+            WIDE_TILES(WIDE, CODES_E4M3FN) WIDE_TILES(WIDE, CODES_E5M2)
+        } else {
+            if (kind == CODES_INT8) kind = CODES_INT8_ZERO;
+            NARROW_TILES(NARROW, CODES_INT8_ZERO) NARROW_TILES(NARROW, CODES_INT4)
+            NARROW_TILES(NARROW, CODES_E4M3FN) NARROW_TILES(NARROW, CODES_E5M2)
+        }
+    }
+#undef NARROW
 #undef WIDE
 #undef CASE
-#undef SIZE
 }

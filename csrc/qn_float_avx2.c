@@ -2,7 +2,7 @@
  *
  * Float products with AVX2 and FMA: 6 rows by 16 columns are 12 sums, two vectors of weights and a broadcast.
  */
-#include "qn_float_avx2.h"
+#include "qn_float_vector.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>

@@ -5,7 +5,7 @@
  * in the loop, once for all rows of a tile.
  */
 #include "qn_gemm.h"
-#include "qn_float_avx2.h"
+#include "qn_float_vector.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>

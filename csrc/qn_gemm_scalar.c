@@ -103,7 +103,7 @@ static void decode(const qn_weights *w, const uint8_t *panel, int64_t g, int64_t
         decode_terms terms = terms_of_group(kind, w, panel, g, n, scaled);
         for (int64_t i = 0; i < k; i++) {
             uint32_t lane;
-            memcpy(&lane, codes_of_group(w, panel, g) + (k0 + i) / step * 64 + n * QN_KR, sizeof lane);
+            memcpy(&lane, codes_of_group(kind, w, panel, g) + (k0 + i) / step * 64 + n * QN_KR, sizeof lane);
             out[i * stride + n] = decode_one(kind, lane, (int)((k0 + i) % step), &terms);
         }
     }

@@ -5,7 +5,7 @@
  * of weights and a broadcast leave one of the sixteen registers that both have.
  */
 #include "qn_gemm.h"
-#include "qn_float_avx2.h"
+#include "qn_float_vector.h"
 
 #if defined(__x86_64__) && (!defined(QN_VEX) || __GNUC__ >= 11)
 #include <immintrin.h>

@@ -124,6 +124,41 @@ typedef uint64_t V8 __attribute__((vector_size(64)));
 typedef uint64_t V2;
 #endif
 
+/* Moving: `read` vectors are read, their exclusive or is written `written` times, and so on. The empty assembly keeps a
+ * compiler from making a call of memcpy of it, which may go past the caches. */
+#if defined(__x86_64__) && defined(__GNUC__)
+#define QN_KEEP(v) __asm__ volatile("" : "+x"(v))
+#else
+#define QN_KEEP(v) (void)(v)
+#endif
+
+#define QN_MOVE_LOOP(name, V, read, written)                                                                           \
+    static void name(const uint8_t *from, uint8_t *to, int64_t bytes) {                                               \
+        for (; bytes > 0; bytes -= (read) * (int)sizeof(V)) {                                                         \
+            V all, next;                                                                                              \
+            memcpy(&all, from, sizeof(V));                                                                            \
+            QN_UNROLL for (int i = 1; i < (read); i++) {                                                              \
+                memcpy(&next, from + i * sizeof(V), sizeof(V));                                                       \
+                all ^= next;                                                                                          \
+            }                                                                                                         \
+            QN_KEEP(all);                                                                                             \
+            QN_UNROLL for (int i = 0; i < (written); i++) memcpy(to + i * sizeof(V), &all, sizeof(V));                \
+            from += (read) * sizeof(V);                                                                               \
+            to += (written) * sizeof(V);                                                                              \
+        }                                                                                                             \
+    }
+#define QN_MOVE_LOOPS(bits, V)                                                                                         \
+    QN_MOVE_LOOP(move_##bits##_4_1, V, 4, 1)                                                                          \
+    QN_MOVE_LOOP(move_##bits##_2_1, V, 2, 1)                                                                          \
+    QN_MOVE_LOOP(move_##bits##_1_1, V, 1, 1)                                                                          \
+    QN_MOVE_LOOP(move_##bits##_1_2, V, 1, 2)                                                                          \
+    QN_MOVE_LOOP(move_##bits##_1_4, V, 1, 4)
+#define QN_MOVE_ENTRIES(bits, needs)                                                                                   \
+    {"move_" #bits "_4_1", needs, 4, 1, move_##bits##_4_1}, {"move_" #bits "_2_1", needs, 2, 1, move_##bits##_2_1},   \
+    {"move_" #bits "_1_1", needs, 1, 1, move_##bits##_1_1}, {"move_" #bits "_1_2", needs, 1, 2, move_##bits##_1_2},   \
+    {"move_" #bits "_1_4", needs, 1, 4, move_##bits##_1_4}
+
+QN_MOVE_LOOPS(128, V2)
 QN_READ_LOOP(read_128_1, V2, 1)
 QN_READ_LOOP(read_128_2, V2, 2)
 QN_READ_LOOP(read_128_4, V2, 4)
@@ -175,6 +210,7 @@ QN_READ_LOOP(read_128_4, V2, 4)
 QN_COMPUTE_LOOP(vpdpbusd_512, __m512i, int32_t, _mm512_setzero_si512(), _mm512_set1_epi8(1), QN_VPDPBUSD)
 QN_COMPUTE_LOOP(vpdpbusd_256, __m256i, int32_t, _mm256_setzero_si256(), _mm256_set1_epi8(1), QN_VPDPBUSD)
 QN_COMPUTE_LOOP(fma_512, __m512, float, _mm512_setzero_ps(), _mm512_set1_ps(1), QN_VFMADD)
+QN_MOVE_LOOPS(512, V8)
 QN_READ_LOOP(read_512_1, V8, 1)
 QN_READ_LOOP(read_512_2, V8, 2)
 QN_READ_LOOP(read_512_4, V8, 4)
@@ -230,6 +266,7 @@ QN_INLINE uint64_t vpsignb_chunk(int64_t iterations) {
     QN_RETURN_SUM(__m256i, int32_t);
 }
 QN_IN_CHUNKS(vpsignb_256, vpsignb_chunk)
+QN_MOVE_LOOPS(256, V4)
 QN_READ_LOOP(read_256_1, V4, 1)
 QN_READ_LOOP(read_256_2, V4, 2)
 QN_READ_LOOP(read_256_4, V4, 4)
@@ -268,6 +305,15 @@ const qn_read_loop qn_read_loops[] = {
     {"read_512_4", "avx512f avx512vl avx512_vnni", read_512_4},
 #endif
     {0, 0, 0},
+};
+
+const qn_move_loop qn_move_loops[] = {
+    QN_MOVE_ENTRIES(128, ""),
+#ifdef QN_X86_LOOPS
+    QN_MOVE_ENTRIES(256, "avx2"),
+    QN_MOVE_ENTRIES(512, "avx512f avx512vl avx512_vnni"),
+#endif
+    {0, 0, 0, 0, 0},
 };
 
 float qn_read_float32(const float *x, int64_t n) {

@@ -343,17 +343,22 @@ static void work(void *context, int thread) {
     qn_leave_default_mode(mode);
 }
 
-/* What a call does besides multiplying, roughly: a row takes so many ns, and a value so many multiply-adds' time. Layers of
- * few inputs or outputs do hardly anything else. */
-enum { ROW_NS = 80, QUANTIZE_MACS = 40, DECODE_MACS = 25, OUTPUT_MACS = 60 };
+/* What a call does besides multiplying, roughly: to quantize a row takes so many ns, and a value so many multiply-adds'
+ * time. Layers of few inputs or outputs do hardly anything else. */
+enum { ROW_NS = 80, QUANTIZE_MACS = 40, UNPACK_MACS = 12, DECODE_MACS = 4, OUTPUT_MACS = 60 };
 
 int64_t qn_linear_work(const qn_kernel *kernel, const qn_call *c) {
     const qn_weights *w = c->w;
     double rows = (double)c->m, k = (double)(w->groups * w->group_k), n = (double)(w->panels * QN_NR);
-    double macs = rows * (k * n + n * OUTPUT_MACS);
-    if (c->input != QN_INPUT_FLOAT) macs += rows * k * QUANTIZE_MACS;
+    double macs = rows * (k * n + n * OUTPUT_MACS), ns = k * n / 100;
     if (is_float(c)) macs += k * n * DECODE_MACS * (double)((c->m + FLOAT_BLOCK_ROWS - 1) / FLOAT_BLOCK_ROWS);
-    double ns = macs / (is_float(c) ? kernel->float_rate : kernel->rate) + rows * ROW_NS + k * n / 100;
+    if (c->input != QN_INPUT_FLOAT) {
+        macs += rows * k * QUANTIZE_MACS;
+        ns += rows * ROW_NS;
+    }
+    if (w->format == QN_INT4 && !is_float(c)) /* nibbles once a tile, and groups for each row */
+        macs += k * n * (rows + UNPACK_MACS * (double)((c->m + kernel->rows - 1) / kernel->rows));
+    ns += macs / (is_float(c) ? kernel->float_rate : kernel->rate);
     return ns < 1e15 ? (int64_t)ns : (int64_t)1e15;
 }
 

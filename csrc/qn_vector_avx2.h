@@ -4,6 +4,7 @@
  * choose the target before including this.
  */
 #define QN_W 8
+#define QN_VECTOR_REGISTER "x"
 typedef __m256 VF;
 typedef uint32_t VU __attribute__((vector_size(32)));
 typedef int32_t VI __attribute__((vector_size(32)));

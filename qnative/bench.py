@@ -48,6 +48,7 @@ __all__ = [
     "last_level_cache",
     "linear_case",
     "machine",
+    "move_limits",
     "numpy_float32",
     "ours",
     "race",
@@ -372,11 +373,11 @@ def numpy_float32(problem: Problem, threads: int = 1) -> Contender:
 
 
 def linear_case(
-    shape: tuple[int, int, int], config: QuantConfig, *, threads: int = 1,
+    shape: tuple[int, int, int], config: QuantConfig, *, activations: str = "dynamic", threads: int = 1,
     check: Callable[[QuantizedLinear, Problem], object] | None = None,
     peers: Callable[[Problem], Iterable[Contender]] = lambda problem: (),
 ) -> Case:  # fmt: skip
-    """Make the case of one layer: dynamic activations, float32 in and out, against the limits and NumPy's product.
+    """Make the case of one layer: float32 in and out, against the limits and NumPy's product.
 
     Parameters
     ----------
@@ -384,6 +385,8 @@ def linear_case(
         (m, k, n).
     config : QuantConfig
         Of the weights.
+    activations : {"dynamic", "dynamic_symmetric", "float"}
+        As the layer takes them.
     threads : int
         How many each contender may use.
     check : callable, optional
@@ -396,10 +399,11 @@ def linear_case(
     Case
     """
     problem = Problem.random(*shape)
-    layer = QuantizedLinear.from_float(problem.weight, problem.bias, config)
+    layer = QuantizedLinear.from_float(problem.weight, problem.bias, config, activations=activations)
+    in_float32 = config.info.is_float or activations == "float"
     contenders = [
         ours(layer, problem, threads=threads),
-        *compute_limits("float32" if config.info.is_float else "integer", threads),
+        *compute_limits("float32" if in_float32 else "integer", threads),
         numpy_float32(problem, threads),
         *peers(problem),
     ]
@@ -526,11 +530,40 @@ def read_limits(data: NDArray[np.uint8], operations: float, pieces: int = 1, cou
         for name in usable
         for ahead in _AHEAD
     ]
+    return _fastest(candidates, pieces, count)
+
+
+def move_limits(read: int, written: int, operations: float, count: int = 2) -> list[Contender]:
+    """Return the loops that read and write so many bytes fastest, buffers that stay the same.
+
+    Parameters
+    ----------
+    read, written : int
+        Bytes; their ratio is that of a loop (4:1, 2:1, 1:1, 1:2, 1:4), or nothing is written.
+    operations : float
+        What one pass counts as.
+    count : int
+        How many loops to return; each is tried a few times first.
+    """
+    if not written:
+        return read_limits(words(read), operations, count=count)
+    read, written = -(-read // 256) * 256, -(-read // 256) * 256 * written // read
+    source, target = np.ones(read, np.uint8), np.empty(written, np.uint8)
+    candidates = [
+        Contender(name, partial(_core.run_move_loop, name, source, target), operations, "read")
+        for name, (r, w, can) in _core.move_loops().items()
+        if can and r * written == w * read
+    ]
+    return _fastest(candidates, 1, count)
+
+
+def _fastest(candidates: Sequence[Contender], repeats: int, count: int) -> list[Contender]:
+    """Try each a few times, by turns, and return those of the best medians."""
     taken: dict[str, list[float]] = {candidate.name: [] for candidate in candidates}
     for _ in range(5):
         for candidate in candidates:
             candidate.run()
-            taken[candidate.name].append(_sample(candidate.run, pieces, time.process_time))
+            taken[candidate.name].append(_sample(candidate.run, repeats, time.process_time))
     return sorted(candidates, key=lambda candidate: statistics.median(taken[candidate.name]))[:count]
 
 

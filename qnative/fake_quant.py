@@ -216,7 +216,9 @@ class FakeQuantize:
     def __init__(self, config: FakeQuantConfig | None = None, *, forget: bool = False, **options: Any) -> None:
         config = FakeQuantConfig() if config is None else config
         if not isinstance(config, FakeQuantConfig):
-            raise TypeError(f"config must be a FakeQuantConfig, not {type(config).__name__}")
+            raise TypeError(
+                f"config must be a FakeQuantConfig, not {type(config).__name__}; wrap it: FakeQuantConfig(config)"
+            )
         self._config = config
         quant = self._quant = config.simulated
         self._observer: Observer | _GroupObserver

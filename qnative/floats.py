@@ -15,6 +15,7 @@ __all__ = ["as_float_array", "decode", "deliver", "encode", "float_dtype", "out_
 _FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
 _FLOAT16 = ("float16", "bfloat16")
 _NAMES = _FLOAT8 + _FLOAT16
+_AS_THEY_ARE = (np.dtype(np.float32), np.dtype(np.float64))  # in native byte order
 
 
 def _name_of(dtype: object) -> str:
@@ -37,6 +38,8 @@ def as_float_array(x: ArrayLike) -> NDArray[Any]:
         masked arrays.
     """
     array = plain_array(x)
+    if array.dtype in _AS_THEY_ARE and array.flags.c_contiguous and array.flags.aligned:
+        return array
     if isinstance(x, int) and not isinstance(x, bool):
         array = np.asarray(float(x))
     if array.dtype.name in _NAMES:
@@ -46,10 +49,7 @@ def as_float_array(x: ArrayLike) -> NDArray[Any]:
             f"expected an array of float16, bfloat16, float32 or float64, not {array.dtype}; "
             "convert it with .astype(np.float32) if its values are meant as real numbers"
         )
-    native = array.dtype.newbyteorder("=")
-    if array.dtype == native and array.flags.c_contiguous and array.flags.aligned:
-        return array
-    return np.array(array, dtype=native, order="C")
+    return np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
 
 
 def float_dtype(name: object) -> np.dtype[Any]:
@@ -67,7 +67,9 @@ def float_dtype(name: object) -> np.dtype[Any]:
     return dtype
 
 
-def out_target(out: NDArray[Any] | None, shape: tuple[int, ...], dtype: Any, source: NDArray[Any]) -> NDArray[Any] | None:
+def out_target(
+    out: NDArray[Any] | None, shape: tuple[int, ...], dtype: Any, source: NDArray[Any]
+) -> NDArray[Any] | None:
     """Check a caller's `out`; return it if the native loops can write to it while they read `source`, else None."""
     if out is None:
         return None

@@ -59,8 +59,9 @@ class Granules(NamedTuple):
 
     def spread(self, values: NDArray[Any], dtype: Any) -> NDArray[Any]:
         """Return `values`, of shape () or the scales', as one flat contiguous array with an entry for each scale."""
-        flat = np.ascontiguousarray(np.broadcast_to(values, self.shape), dtype=dtype)
-        return flat.reshape(-1)
+        if values.shape != self.shape:
+            values = np.broadcast_to(values, self.shape)
+        return np.ascontiguousarray(values, dtype=dtype).reshape(-1)
 
     def counts(self) -> NDArray[np.int64]:
         """Return how many elements share each scale, of the scales' shape."""
@@ -100,8 +101,7 @@ def block_min_max(x: ArrayLike, config: QuantConfig) -> tuple[NDArray[np.float64
     """
     values = as_float_array(x)
     granules = Granules.of_config(values.shape, config)
-    low = np.full(granules.shape, np.inf, values.dtype)
-    high = np.full(granules.shape, -np.inf, values.dtype)
+    low, high = np.empty(granules.shape, values.dtype), np.empty(granules.shape, values.dtype)
     bad = _core.min_max(values.reshape(-1), granules.walk, low.reshape(-1), high.reshape(-1))
     if bad:
         raise nonfinite_error(bad, values.size)

@@ -31,8 +31,11 @@ _INT32_MAX = 2**31 - 1
 _MAX_IN_FEATURES = 1 << 23
 #: Attributes that a layer sets itself. What else an object has, a derived class or a user has put there.
 _FIELDS = frozenset(
-    f"_{name}" for name in "shape dtype config activations static activation output out_dtype bias_dtype wide".split()
-)
+    f"_{name}"
+    for name in (
+        "shape", "dtype", "config", "activations", "static", "activation", "output", "out_dtype", "bias_dtype", "wide",
+    )
+)  # fmt: skip
 
 
 class QuantizedLinear(_core.PackedLinear):
@@ -114,8 +117,8 @@ class QuantizedLinear(_core.PackedLinear):
         self._out_dtype = np.dtype(np.float32) if self._output is None else np.dtype(self._output.dtype)
         if self.in_features > _MAX_IN_FEATURES:
             raise ValueError(
-                f"in_features={self.in_features} is above {_MAX_IN_FEATURES}, up to which sums of codes fit int32; cut the "
-                "weights along in_features into layers, and add their outputs"
+                f"in_features={self.in_features} is above {_MAX_IN_FEATURES}, up to which sums of codes fit int32; cut "
+                "the weights along in_features into layers and add their outputs"
             )
 
     # Building

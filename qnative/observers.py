@@ -210,7 +210,7 @@ class Observer(ABC):
     # Answers
 
     def _shaped(self, x: NDArray[Any]) -> NDArray[Any]:
-        return x.reshape(()) if self.axis is None else x.copy()
+        return (x.reshape(()) if self.axis is None else x).copy()
 
     def _seen(self) -> None:
         self._check_torn()

@@ -195,16 +195,19 @@ class _Divergence:
         """Search the ends in turn until neither moves. Each move lowers the divergence, so this comes to an end."""
         first, stop = min(self.first, zero), max(self.stop, zero)
         least = math.inf
-        while True:
-            before = least
-            value, end = self.search_high(first, zero)
-            if value < least:
-                least, stop = value, end
-            value, end = self.search_low(stop, zero)
-            if value < least:
-                least, first = value, end
-            if least == before:
-                return first, stop
+        high_searched = low_searched = -1  # for which other end; the same search again would find the same
+        while (first, stop) != (high_searched, low_searched):
+            if first != high_searched:
+                high_searched = first
+                value, end = self.search_high(first, zero)
+                if value < least:
+                    least, stop = value, end
+            if stop != low_searched:
+                low_searched = stop
+                value, end = self.search_low(stop, zero)
+                if value < least:
+                    least, first = value, end
+        return first, stop
 
 
 def _running(x: NDArray[Any]) -> NDArray[Any]:

@@ -81,8 +81,7 @@ def find_ends(x: NDArray[Any], axis: int | None, channels: int) -> tuple[F64, F6
     low, high = np.full(channels, np.inf), np.full(channels, -np.inf)
     count = np.zeros(channels, np.int64)
     for piece in pieces(x, () if axis is None else (axis,), 16 * SLAB):
-        part_low = np.full(channels, np.inf, piece.dtype)
-        part_high = np.full(channels, -np.inf, piece.dtype)
+        part_low, part_high = np.empty(channels, piece.dtype), np.empty(channels, piece.dtype)
         walk = Granules.of(piece.shape, axis).walk
         if _core.min_max(piece.reshape(-1), walk, part_low, part_high):
             rows = piece.reshape(1, -1) if axis is None else np.moveaxis(piece, axis, 0).reshape(channels, -1)

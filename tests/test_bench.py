@@ -315,7 +315,8 @@ def test_words_are_whole() -> None:
     assert bench.words(64, 2).nbytes == 64
     for size in (17, 1000, 147_456, 1 << 20, 3 << 22):
         data = bench.words(size)
-        assert data.ctypes.data % 64 == 0 and data.flags.c_contiguous and data.all(), "loads that straddle lines are slow"
+        assert data.ctypes.data % 64 == 0  # loads that straddle lines are slow
+        assert data.flags.c_contiguous and data.all()
 
 
 def test_cold_layers_do_not_share_weights(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -461,9 +461,10 @@ def test_masked_arrays_are_refused_and_other_subclasses_are_arrays() -> None:
     static_layer = qn.QuantizedLinear.from_float(w, bias, activations=static("int8", 3))
     masked = np.ma.masked_greater
     for call in (
-        lambda: layer(masked(x, 0.5)), lambda: layer(masked(x.astype(np.float64), 0.5)), lambda: layer.accumulate(masked(x, 1)),
-        lambda: static_layer(masked(x.astype(np.int8), 1)), lambda: layer(x, out=masked(np.zeros((4, 6), "f4"), 1)),
-        lambda: qn.QuantizedLinear.from_float(masked(w, 0.1)), lambda: qn.QuantizedLinear.from_float(w, masked(bias, 1)),
+        lambda: layer(masked(x, 0.5)), lambda: layer(masked(x.astype(np.float64), 0.5)),
+        lambda: layer.accumulate(masked(x, 1)), lambda: static_layer(masked(x.astype(np.int8), 1)),
+        lambda: layer(x, out=masked(np.zeros((4, 6), "f4"), 1)), lambda: qn.QuantizedLinear.from_float(masked(w, 0.1)),
+        lambda: qn.QuantizedLinear.from_float(w, masked(bias, 1)),
         lambda: qn.QuantizedLinear.from_float(masked(w, 0.1), config=qn.QuantConfig.fp8()),
     ):  # fmt: skip
         with pytest.raises(TypeError, match="mask"):

@@ -22,7 +22,7 @@ from qnative.config import ObserverMethod, QParams, QuantConfig, qparams_from_ra
 from qnative.elementwise import fake_quantize, sqnr
 from qnative.observers import CalibrationCollector, MinMaxObserver, Observer, make_observer, observe_once
 from qnative.ranges import _HistogramError
-from qnative.streams import SIDE, Histogram
+from qnative.streams import SIDE, Averages, Histogram, Moments
 from qnative.tensor import quantize_tensor
 
 METHODS = [m.value for m in ObserverMethod]
@@ -128,23 +128,89 @@ def test_merging_shards_in_any_order_and_grouping_gives_the_bits_of_one_stream(
     assert_same_state(observed(method, stream), shards[0])
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_64_shards_merged_in_10_orders_give_one_answer(method: str) -> None:
+@pytest.mark.parametrize("axis", [None, 1])
+@pytest.mark.parametrize("method", [*METHODS, "collector"])
+def test_64_shards_merged_in_10_orders_give_one_answer(method: str, axis: int | None) -> None:
+    """Any two are merged next, so that every kind of tree comes about; and the state is compared, not only a range."""
     rng = np.random.default_rng(1)
-    shards = [rng.standard_normal(2000) * 10.0 ** rng.integers(-3, 3) for _ in range(64)]
-    answers = []
+    shards = [rng.standard_normal((250, 2)) * 10.0 ** rng.integers(-3, 3) for _ in range(64)]
+
+    def fresh() -> Observer:
+        return CalibrationCollector(axis) if method == "collector" else make_observer(method, axis)
+
+    totals = []
     for _ in range(10):
-        order = rng.permutation(64)
-        total = make_observer(method)
-        for i in order:
-            total.merge(observed(method, shards[i]))
-        answers.append([total.calibrated_range(c) for c in (INT8, INT4.asymmetric())])
-    if method == "moving_average":
-        assert len({float(a[0][0]) for a in answers}) > 1  # by definition: it would otherwise be no moving average
+        heap = []
+        for shard in shards:
+            heap.append(fresh())
+            heap[-1].observe(shard)
+        while len(heap) > 1:
+            one = heap.pop(int(rng.integers(len(heap))))
+            one.merge(heap.pop(int(rng.integers(len(heap)))))
+            heap.append(one)
+        totals.append(heap[0])
+    states = [total.state_dict() for total in totals]
+    exact = {name for name in states[0] if not name.startswith(("moments.mean", "moments.squares", "averages."))}
+    assert {"low", "high", "count"} <= exact
+    for state in states[1:]:
+        for name in exact:
+            np.testing.assert_array_equal(state[name], states[0][name], name)
+    if method == "mean_std":
+        config = INT8 if axis is None else INT8.per_channel(axis)
+        for total in totals[1:]:
+            np.testing.assert_allclose(
+                total.calibrated_range(config), totals[0].calibrated_range(config), rtol=1e-12, atol=0.0
+            )
+    if method == "moving_average":  # by definition: it would otherwise be no moving average
+        assert len({total.max_val.tobytes() for total in totals}) > 1
+
+
+@pytest.mark.parametrize("axis", [None, 0])
+@pytest.mark.parametrize("method", METHODS)
+def test_batches_observed_apart_and_merged_in_order_give_the_very_bits(method: str, axis: int | None) -> None:
+    rng = np.random.default_rng(20)
+    # Longer than the working block, so that a batch's moments are themselves combined from parts.
+    batches = [rng.standard_normal((2, n)) + 100.0 * rng.standard_normal() for n in (50_000, 3, 90_000, 1)]
+    total = make_observer(method, axis)
+    for batch in batches:
+        total.merge(observed(method, batch, axis=axis))
+    assert_same_state(total, observed(method, *batches, axis=axis))
+
+
+class Broken(Exception):
+    pass
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_observer_that_was_broken_off_says_so(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the middle of a batch leaves half of it counted; no answer is better than that of half a batch."""
+    observer, whole = observed(method, [1.0, 2.0]), observed(method, [1.0, 2.0])
+
+    def broken(self: Any, low: Any, high: Any) -> None:
+        raise Broken
+
+    for kind in (Histogram, Moments, Averages):
+        monkeypatch.setattr(kind, "start", broken)
+    if method == "min_max":  # whose batch is one step
+        observer._torn = True
     else:
-        tolerance = 1e-12 if method == "mean_std" else 0.0
-        for answer in answers[1:]:
-            np.testing.assert_allclose(answer, answers[0], rtol=tolerance, atol=0.0)
+        with pytest.raises(Broken):
+            observer.observe([3.0])
+    monkeypatch.undo()
+    for ask in (
+        lambda: observer.observe([1.0]),
+        lambda: observer.merge(whole),
+        lambda: whole.merge(observer),
+        lambda: observer.range,
+        lambda: observer.qparams(INT8),
+        observer.state_dict,
+    ):
+        with pytest.raises(RuntimeError, match="broken off"):
+            ask()
+    assert float(whole.max_val) == 2.0
+    observer.reset()
+    observer.observe([1.0, 2.0])
+    assert_same_state(observer, whole)
 
 
 @given(case=cut_streams())
@@ -272,6 +338,16 @@ def test_what_is_not_a_float_is_refused(method: str, x: Any) -> None:
     with pytest.raises(TypeError):
         observer.observe(x[:0])
     assert observer.count == 0
+
+
+def test_answers_do_not_change_with_what_comes_later() -> None:
+    observer = observed("min_max", [1.0, 2.0])
+    low, high = observer.range
+    asked = observer.calibrated_range(INT8)
+    observer.observe([-5.0, 9.0])
+    assert (low, high) == asked == (1.0, 2.0)
+    asked[0][...] = 7.0
+    assert observer.min_val == -5.0
 
 
 def test_scalars_lists_and_empty_batches() -> None:

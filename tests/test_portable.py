@@ -198,10 +198,14 @@ x = (rng.standard_normal((5, 40)) * 1e-37).astype(np.float32)
 layers = [qn.QuantizedLinear.from_float(w, None, qn.QuantConfig.int8_per_channel(), activation="gelu"),
           qn.QuantizedLinear.from_float(w, None, qn.QuantConfig.int4_per_group(8)),
           qn.QuantizedLinear.from_float(w, None, qn.QuantConfig.fp8(), "float")]
+tiny = w * np.float32(1e-37)
 if len(sys.argv) > 1:
     ctypes.CDLL(sys.argv[1])
     assert ctypes.c_float(1e-37).value and np.float32(1e-20) * np.float32(1e-20) == 0, "subnormals are not flushed"
-seen = [layer(x) for layer in layers] + list(layers[0].quantize_input(x)) + list(layers[1].quantize_input(x * x[:, :1]))
+seen = [layer(x) for layer in layers] + list(layers[0].quantize_input(x)) + list(layers[1].quantize_input(x))
+for config in (qn.QuantConfig.int8_per_channel(), qn.QuantConfig.int8().asymmetric()):
+    packed = qn.QuantizedLinear.from_float(tiny, None, config).weight_quantized()
+    seen += [packed.codes, packed.scale]
 print(b"".join(array.tobytes() for array in seen).hex())
 """
 

@@ -10,7 +10,8 @@ fake_quant    fake_quantize fake_quantize_backward
 floats        encode encode8 decode decode8
 levels        level usable_levels use_level
 linear        PackedLinear activate isa isas cpu_features row_ranges scratch_kept
-limits        compute_loops run_compute_loop read_loops run_read_loop read_float32
+limits        compute_loops run_compute_loop read_loops run_read_loop move_loops run_move_loop
+              read_float32
 statistics    count_nonfinite min_max histogram histogram_of_codes squared_sums
 threads       MAX_THREADS get_num_threads set_num_threads set_default_threads (compiled as qnative_threads)
 """
@@ -26,7 +27,15 @@ from qnative._core.elementwise import (
 from qnative._core.fake_quant import fake_quantize, fake_quantize_backward
 from qnative._core.floats import decode, decode8, encode, encode8
 from qnative._core.levels import level, usable_levels, use_level
-from qnative._core.limits import compute_loops, read_float32, read_loops, run_compute_loop, run_read_loop
+from qnative._core.limits import (
+    compute_loops,
+    move_loops,
+    read_float32,
+    read_loops,
+    run_compute_loop,
+    run_move_loop,
+    run_read_loop,
+)
 from qnative._core.linear import PackedLinear, activate, cpu_features, isa, isas, row_ranges, scratch_kept
 from qnative._core.qnative_threads import MAX_THREADS, get_num_threads, set_default_threads, set_num_threads
 from qnative._core.statistics import count_nonfinite, histogram, histogram_of_codes, min_max, squared_sums
@@ -53,6 +62,7 @@ __all__ = [
     "isas",
     "level",
     "min_max",
+    "move_loops",
     "pack_nibbles",
     "quantize",
     "quantize_float8",
@@ -60,6 +70,7 @@ __all__ = [
     "read_loops",
     "row_ranges",
     "run_compute_loop",
+    "run_move_loop",
     "run_read_loop",
     "scratch_kept",
     "set_default_threads",

@@ -31,6 +31,7 @@ __all__ = [
     "isas",
     "level",
     "min_max",
+    "move_loops",
     "pack_nibbles",
     "quantize",
     "quantize_float8",
@@ -38,6 +39,7 @@ __all__ = [
     "read_loops",
     "row_ranges",
     "run_compute_loop",
+    "run_move_loop",
     "run_read_loop",
     "scratch_kept",
     "set_default_threads",
@@ -115,6 +117,8 @@ def compute_loops() -> dict[str, bool]: ...
 def read_loops() -> dict[str, bool]: ...
 def run_compute_loop(name: str, iterations: int) -> int: ...
 def run_read_loop(name: str, data: NDArray[np.uint8], ahead: int = 0, passes: int = 1) -> int: ...
+def move_loops() -> dict[str, tuple[int, int, bool]]: ...
+def run_move_loop(name: str, source: NDArray[np.uint8], target: NDArray[np.uint8]) -> None: ...
 def read_float32(x: NDArray[np.float32]) -> float: ...
 
 MAX_THREADS: int

@@ -4,7 +4,7 @@ With r = fl(1 / s), t = fl(x r) and e = fl(x - t s), the quotient fl(t + e r) is
 codes as fl(x / s), for the scales that `divides_by_multiplying` names; csrc/qn_tile.h has the proof for ties H / 2, H
 odd and below 2^9. Powers of two change no mantissa, so it holds for the ties of float8 as well (H 2^k, H below 2^5), as long
 as e is exact: it is a multiple of the last places of t and s, and t is 2^-18 or more where there is a tie. With s a power of
-two, t is the quotient itself.
+two, t is the quotient itself. Of the zeros only +0 comes out.
 """
 
 from libc.math cimport fmaf

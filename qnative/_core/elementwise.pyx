@@ -3,8 +3,8 @@
 
 a) Every granularity is one walk (`walk.pxd`), which a long array is given in pieces (`pieces.pxd`).
 b) Python has checked and coerced; these functions check again every size that guards a pointer.
-c) A run of the walk is worked off by 64 elements, by 32, and the rest as 32 of which some are not wanted: loops of a constant
-   number, for which a compiler needs neither a beginning nor an end.
+c) A run of the walk is worked off by a loop over a multiple of 64 elements, by 32, and the rest as 32 of which some are not
+   wanted: loops for which a compiler needs neither a beginning nor an end.
 d) The rules clamp in floating point, so that no conversion overflows. float64 input has plain loops of its own.
 """
 
@@ -19,7 +19,7 @@ from qnative._core.floats cimport (
     Decoder, Encoder, Format, decode_code, decoder_of, encode_float, encoder_of, format_of, to_odd,
 )
 from qnative._core.levels cimport (
-    AVX2, AVX512, BASELINE, at_avx2, at_avx512, at_baseline, chosen_level, inlined, own_bytes, own_floats,
+    AVX2, AVX512, BASELINE, at_avx2, at_avx512, at_baseline, chosen_level, inlined, own_bytes, own_floats, own_lanes,
 )
 from qnative._core.pieces cimport PIECE, in_pieces, qn_atomic, qn_atomic_add, qn_atomic_get
 from qnative._core.walk cimport Walk, check_sizes, new_walk, next_run, part
@@ -29,8 +29,8 @@ ctypedef fused real:
     double
 
 cdef enum:
-    WIDE = 64
-    NARROW = 32
+    WIDE = 64    # a vector of codes, at least
+    NARROW = 32  # a small group, and half such a vector
     PICOSECONDS = 300  # an element takes, roughly
 
 
@@ -59,17 +59,18 @@ cdef struct Task:
     qn_atomic nonfinite
 
 
-# Element rules: of n elements, a constant, of one scale or (`each`) of one each
+# Element rules: of n elements, of one scale or (`each`) of one each. The largest magnitude, as bits, goes to top: to top[0],
+# or, where n is the constant NARROW, to top[i], since finding the largest of a vector would take longer than all the rest.
 
 cdef inlined to_codes(
     const float *x, own_bytes out, Py_ssize_t n, const float *s, const float *r, const int32_t *z, int32_t low,
-    int32_t high, bint by_multiplying, bint each, uint32_t *top
+    int32_t high, bint by_multiplying, bint each, bint narrow, own_lanes top
 ) noexcept nogil:
     """clamp(rint(x / s) + z, low, high); NaN becomes the zero point."""
     cdef Py_ssize_t i
     cdef float scale = s[0], reciprocal = r[0], lo = <float>(low - z[0]), hi = <float>(high - z[0]), least, most, v, q
     cdef int32_t zero = z[0]
-    cdef uint32_t bits, largest = top[0]
+    cdef uint32_t bits, largest = 0
     least, most = lo * scale, hi * scale
     for i in range(n):
         if each:
@@ -79,7 +80,10 @@ cdef inlined to_codes(
         v = x[i]
         memcpy(&bits, &v, 4)
         bits &= 0x7FFFFFFFu  # ordered as the magnitudes are; NaN and Inf on top
-        largest = bits if bits > largest else largest
+        if narrow:
+            top[i] = bits if bits > top[i] else top[i]
+        else:
+            largest = bits if bits > largest else largest
         v = v if v == v else 0
         if by_multiplying:  # clamped before, which is the same: the ends are codes, and divide to within half of one
             v = least if v < least else v
@@ -92,17 +96,18 @@ cdef inlined to_codes(
         q += <float>12582912  # 1.5 * 2^23, whose last place is 1 and whose last byte 0: rounds to even
         memcpy(&bits, &q, 4)
         out[i] = <uint8_t>(bits + <uint32_t>zero)
-    top[0] = largest
+    if not narrow:
+        top[0] = largest if largest > top[0] else top[0]
 
 
 cdef inlined to_codes8(
     const float *x, own_bytes out, Py_ssize_t n, const float *s, const float *r, Encoder e, bint by_multiplying,
-    bint each, uint32_t *top
+    bint each, bint narrow, own_lanes top
 ) noexcept nogil:
     """encode(x / s), saturating; NaN becomes 0."""
     cdef Py_ssize_t i
     cdef float scale = s[0], reciprocal = r[0], largest_value, most, v
-    cdef uint32_t bits, largest = top[0]
+    cdef uint32_t bits, sign, largest = 0
     memcpy(&largest_value, &e.most, 4)
     most = largest_value * scale
     for i in range(n):
@@ -112,15 +117,24 @@ cdef inlined to_codes8(
         v = x[i]
         memcpy(&bits, &v, 4)
         bits &= 0x7FFFFFFFu
-        largest = bits if bits > largest else largest
+        if narrow:
+            top[i] = bits if bits > top[i] else top[i]
+        else:
+            largest = bits if bits > largest else largest
         v = v if v == v else 0
         if by_multiplying:
             v = -most if v < -most else v
             v = most if v > most else v
+        memcpy(&sign, &v, 4)
         divided(v, scale, reciprocal, by_multiplying, &v)
+        if by_multiplying:  # which makes +0 of -0
+            memcpy(&bits, &v, 4)
+            bits |= sign & 0x80000000u
+            memcpy(&v, &bits, 4)
         encode_float(v, e, False, False, False, &bits)
         out[i] = <uint8_t>bits
-    top[0] = largest
+    if not narrow:
+        top[0] = largest if largest > top[0] else top[0]
 
 
 cdef inlined from_codes(
@@ -151,30 +165,28 @@ cdef inlined from_codes8(
 
 cdef inlined encode_some(
     const float *x, uint8_t *out, Py_ssize_t n, const float *s, const float *r, const int32_t *z, const Task *t,
-    bint is8, bint by_multiplying, bint each, uint32_t *top
+    bint is8, bint by_multiplying, bint each, bint narrow, uint32_t *top
 ) noexcept nogil:
     if is8:
-        to_codes8(x, out, n, s, r, t.encoder, by_multiplying, each, top)
+        to_codes8(x, out, n, s, r, t.encoder, by_multiplying, each, narrow, top)
     else:
-        to_codes(x, out, n, s, r, z, t.low, t.high, by_multiplying, each, top)
+        to_codes(x, out, n, s, r, z, t.low, t.high, by_multiplying, each, narrow, top)
 
 
 cdef inlined encode_run(
     const float *x, uint8_t *out, Py_ssize_t n, const float *s, const float *r, const int32_t *z, const Task *t,
     bint is8, bint by_multiplying, bint each, uint32_t *top
 ) noexcept nogil:
-    cdef Py_ssize_t i = 0, j = 0, rest
+    cdef Py_ssize_t i = n // WIDE * WIDE, j = i if each else 0, rest
     cdef float values[NARROW]
     cdef float scales[NARROW]
     cdef float reciprocals[NARROW]
     cdef int32_t zeros[NARROW]
     cdef uint8_t codes[NARROW]
-    while i + WIDE <= n:
-        encode_some(x + i, out + i, WIDE, s + j, r + j, z + j, t, is8, by_multiplying, each, top)
-        i += WIDE
-        j = i if each else 0
-    while i + NARROW <= n:
-        encode_some(x + i, out + i, NARROW, s + j, r + j, z + j, t, is8, by_multiplying, each, top)
+    if i:
+        encode_some(x, out, i, s, r, z, t, is8, by_multiplying, each, False, top)
+    if i + NARROW <= n:
+        encode_some(x + i, out + i, NARROW, s + j, r + j, z + j, t, is8, by_multiplying, each, True, top)
         i += NARROW
         j = i if each else 0
     rest = n - i
@@ -188,9 +200,9 @@ cdef inlined encode_run(
             memcpy(scales, s + j, rest * 4)
             memcpy(reciprocals, r + j, rest * 4)
             memcpy(zeros, z + j, rest * 4)
-            encode_some(values, codes, NARROW, scales, reciprocals, zeros, t, is8, by_multiplying, True, top)
+            encode_some(values, codes, NARROW, scales, reciprocals, zeros, t, is8, by_multiplying, True, True, top)
         else:
-            encode_some(values, codes, NARROW, s, r, z, t, is8, by_multiplying, False, top)
+            encode_some(values, codes, NARROW, s, r, z, t, is8, by_multiplying, False, True, top)
         memcpy(out + i, codes, rest)
 
 
@@ -206,16 +218,14 @@ cdef inlined decode_some(
 cdef inlined decode_run(
     const uint8_t *codes, float *out, Py_ssize_t n, const float *s, const int32_t *z, const Task *t, bint is8, bint each
 ) noexcept nogil:
-    cdef Py_ssize_t i = 0, j = 0, rest
+    cdef Py_ssize_t i = n // WIDE * WIDE, j = i if each else 0, rest
     cdef float values[NARROW]
     cdef float scales[NARROW]
     cdef int32_t zeros[NARROW]
     cdef uint8_t some[NARROW]
-    while i + WIDE <= n:
-        decode_some(codes + i, out + i, WIDE, s + j, z + j, t, is8, each)
-        i += WIDE
-        j = i if each else 0
-    while i + NARROW <= n:
+    if i:
+        decode_some(codes, out, i, s, z, t, is8, each)
+    if i + NARROW <= n:
         decode_some(codes + i, out + i, NARROW, s + j, z + j, t, is8, each)
         i += NARROW
         j = i if each else 0
@@ -243,20 +253,24 @@ cdef inlined quantize_pass(Task *t, Py_ssize_t begin, Py_ssize_t end, bint is8, 
     cdef const float *r
     cdef const int32_t *z
     cdef float reciprocal
-    cdef uint32_t top = 0
+    cdef uint32_t top[NARROW]
+    cdef Py_ssize_t i
+    memset(top, 0, sizeof(top))
     while next_run(&w):
         s, z = &t.scale[w.scale], &t.zero[w.scale]
         if w.step and fused and t.reciprocal is not NULL:
             r = &t.reciprocal[w.scale]
-            encode_run(t.x + w.start, t.codes_out + w.start, w.count, s, r, z, t, is8, True, True, &top)
+            encode_run(t.x + w.start, t.codes_out + w.start, w.count, s, r, z, t, is8, True, True, top)
         elif w.step:
-            encode_run(t.x + w.start, t.codes_out + w.start, w.count, s, s, z, t, is8, False, True, &top)
+            encode_run(t.x + w.start, t.codes_out + w.start, w.count, s, s, z, t, is8, False, True, top)
         elif fused and divides_by_multiplying(s[0]):
             reciprocal = <float>1 / s[0]
-            encode_run(t.x + w.start, t.codes_out + w.start, w.count, s, &reciprocal, z, t, is8, True, False, &top)
+            encode_run(t.x + w.start, t.codes_out + w.start, w.count, s, &reciprocal, z, t, is8, True, False, top)
         else:
-            encode_run(t.x + w.start, t.codes_out + w.start, w.count, s, s, z, t, is8, False, False, &top)
-    if top >= 0x7F800000u:
+            encode_run(t.x + w.start, t.codes_out + w.start, w.count, s, s, z, t, is8, False, False, top)
+    for i in range(1, NARROW):
+        top[0] = top[i] if top[i] > top[0] else top[0]
+    if top[0] >= 0x7F800000u:
         qn_atomic_add(&t.nonfinite, 1)
 
 

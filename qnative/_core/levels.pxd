@@ -17,7 +17,7 @@ The pointers named below are for what shares no memory with what else a function
 look.
 """
 
-from libc.stdint cimport uint8_t, uint16_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t
 
 cdef extern from *:
     """
@@ -44,6 +44,7 @@ cdef extern from *:
     typedef float *QN_RESTRICT qn_own_floats;
     typedef uint8_t *QN_RESTRICT qn_own_bytes;
     typedef uint16_t *QN_RESTRICT qn_own_words;
+    typedef uint32_t *QN_RESTRICT qn_own_lanes;
     """
     ctypedef void inlined "QN_INLINED void"
     ctypedef void at_baseline "void"
@@ -52,6 +53,7 @@ cdef extern from *:
     ctypedef float *own_floats "qn_own_floats"
     ctypedef uint8_t *own_bytes "qn_own_bytes"
     ctypedef uint16_t *own_words "qn_own_words"
+    ctypedef uint32_t *own_lanes "qn_own_lanes"
 
 cdef enum:
     BASELINE

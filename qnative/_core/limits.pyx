@@ -21,6 +21,7 @@ cdef bint usable(const char *needs):
 
 cdef dict COMPUTE = {}  # name -> (place in the table, can this CPU run it)
 cdef dict READ = {}
+cdef dict MOVE = {}
 cdef int place = 0
 while qn_compute_loops[place].name is not NULL:
     COMPUTE[qn_compute_loops[place].name.decode()] = (place, usable(qn_compute_loops[place].needs))
@@ -28,6 +29,10 @@ while qn_compute_loops[place].name is not NULL:
 place = 0
 while qn_read_loops[place].name is not NULL:
     READ[qn_read_loops[place].name.decode()] = (place, usable(qn_read_loops[place].needs))
+    place += 1
+place = 0
+while qn_move_loops[place].name is not NULL:
+    MOVE[qn_move_loops[place].name.decode()] = (place, usable(qn_move_loops[place].needs))
     place += 1
 
 
@@ -78,6 +83,24 @@ def run_read_loop(str name, const uint8_t[::1] data not None, int64_t ahead=0, i
             for done in range(passes):
                 total += qn_read_loops[i].run(&data[0], size, ahead)
     return total
+
+
+def move_loops():
+    """Return the move loops compiled in as a dict: name -> (vectors read, vectors written, can this CPU run it)."""
+    return {name: (qn_move_loops[i].read, qn_move_loops[i].written, can) for name, (i, can) in MOVE.items()}
+
+
+def run_move_loop(str name, const uint8_t[::1] source not None, uint8_t[::1] target not None):
+    """Read source : uint8[n], n a multiple of 256, and write target : uint8[n * written / read]."""
+    cdef int i = find(MOVE, name)
+    cdef int64_t size = source.shape[0]
+    if size % 256:
+        raise ValueError(f"source has {size} bytes; their number must be a multiple of 256")
+    if target.shape[0] * qn_move_loops[i].read != size * qn_move_loops[i].written:
+        raise ValueError(f"target has {target.shape[0]} bytes; {name} writes {size * qn_move_loops[i].written // qn_move_loops[i].read}")
+    if size:
+        with nogil:
+            qn_move_loops[i].run(&source[0], &target[0], size)
 
 
 def read_float32(const float[::1] x not None):

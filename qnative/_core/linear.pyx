@@ -493,7 +493,7 @@ cdef class PackedLinear:
         ValueError
             If x or out has the wrong shape, or out cannot be written to directly.
         TypeError
-            If x is neither of floats nor of this layer's codes.
+            If x is neither of floats nor of this layer's codes, or if x or out is a masked array.
         """
         return self.forward(x, out, CHOSEN)
 

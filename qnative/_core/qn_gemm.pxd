@@ -139,6 +139,13 @@ cdef extern from "qn_limits.h" nogil:
         const char *needs
         uint64_t (*run)(const uint8_t *data, int64_t bytes, int64_t ahead) noexcept nogil
 
+    ctypedef struct qn_move_loop:
+        const char *name
+        const char *needs
+        int read, written
+        void (*run)(const uint8_t *source, uint8_t *target, int64_t bytes) noexcept nogil
+
     const qn_compute_loop qn_compute_loops[]
     const qn_read_loop qn_read_loops[]
+    const qn_move_loop qn_move_loops[]
     float qn_read_float32(const float *x, int64_t n) noexcept

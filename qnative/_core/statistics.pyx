@@ -244,6 +244,8 @@ cdef enum:
     ZEROS = 16
     SLOTS = SPARE + ZEROS + 1
     BLOCK = 512           # values whose bins are found before they are counted
+    WORDS = 8
+    CHUNK = 4 * WORDS     # bins looked at together for whether they are empty
     FEW = 4096            # values for which counters of 16 bits do not pay
     MANY = 65535 // BLOCK  # blocks after which such a counter might be full
 
@@ -254,17 +256,16 @@ cdef struct Bins:
 
 
 cdef inlined slots_of(const float *x, Py_ssize_t n, Bins b, uint16_t *slots) noexcept nogil:
-    cdef Py_ssize_t i
-    cdef uint32_t bits, magnitude, slot
+    cdef uint32_t i, bits, magnitude, slot
     cdef float size
-    for i in range(n):
+    for i in range(<uint32_t>n):
         memcpy(&bits, &x[i], 4)
         magnitude = bits & 0x7FFFFFFFu
         memcpy(&size, &magnitude, 4)
         size = size * b.first * b.second
         size = size if size < <float>(SIDE - 1) else <float>(SIDE - 1)  # and NaN
         slot = <uint32_t><int32_t>size + (SIDE - ((bits >> 31) << 13))
-        slot = slot if magnitude != 0 else SPARE + <uint32_t>(i & (ZEROS - 1))
+        slot = slot if magnitude != 0 else SPARE + (i & (ZEROS - 1))
         slot = slot if magnitude < 0x7F800000u else SPARE + ZEROS
         slots[i] = <uint16_t>slot
 
@@ -315,10 +316,19 @@ cdef void find_slots(const real *x, Py_ssize_t n, Bins b, uint16_t *slots) noexc
 
 
 cdef void spill(uint16_t *few, int64_t *counts, int64_t *zeros) noexcept nogil:
-    """Add small counters to the counts and clear them; the negative side comes first."""
-    cdef Py_ssize_t i
-    for i in range(SPARE):
-        counts[i] += few[i]
+    """Add small counters to the counts and clear them. Most bins are empty, most of the time."""
+    cdef Py_ssize_t i = 0, k
+    cdef uint64_t some[WORDS]
+    cdef uint64_t filled
+    while i < SPARE:
+        memcpy(some, few + i, sizeof(some))
+        filled = 0
+        for k in range(WORDS):
+            filled |= some[k]
+        if filled:
+            for k in range(CHUNK):
+                counts[i + k] += few[i + k]
+        i += CHUNK
     for i in range(SPARE, SPARE + ZEROS):
         zeros[0] += few[i]
     memset(few, 0, SLOTS * sizeof(uint16_t))
@@ -329,6 +339,7 @@ cdef void count_values(
 ) noexcept nogil:
     cdef uint16_t slots[BLOCK]
     cdef Py_ssize_t i = 0, k, size
+    cdef uint64_t four
     cdef int blocks = 0
     while i < n:
         size = min(n - i, <Py_ssize_t>BLOCK)
@@ -341,8 +352,14 @@ cdef void count_values(
                 elif slots[k] < SPARE + ZEROS:
                     zeros[0] += 1
             continue
-        for k in range(size):
-            few[slots[k]] += 1
+        for k in range(size, (size + 3) // 4 * 4):
+            slots[k] = SPARE + ZEROS
+        for k in range(0, size, 4):  # loads and stores are what there are few of
+            memcpy(&four, &slots[k], 8)
+            few[four & 0xFFFF] += 1
+            few[four >> 16 & 0xFFFF] += 1
+            few[four >> 32 & 0xFFFF] += 1
+            few[four >> 48] += 1
         blocks += 1
         if blocks == MANY:
             spill(few, counts, zeros)
