@@ -2,7 +2,7 @@
  *
  * Float products with NEON: 6 rows by 16 columns are 24 sums, four vectors of weights and a broadcast.
  */
-#include "qn_float_neon.h"
+#include "qn_float_vector.h"
 
 #if defined(__aarch64__) && defined(__GNUC__)
 #include <arm_neon.h>

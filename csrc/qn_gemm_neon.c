@@ -8,7 +8,7 @@
  * int4 weights are unsigned nibbles as they are. A register holds one k-step of four columns, and a panel has four.
  */
 #include "qn_gemm.h"
-#include "qn_float_neon.h"
+#include "qn_float_vector.h"
 
 #if defined(__aarch64__) && defined(__GNUC__)
 #include <arm_neon.h>
