@@ -152,7 +152,7 @@ typedef struct {
     int (*range)(const float *x, int64_t n, float *low, float *high);
     /* codes[n] = clamp(rint(x / scale) + zero, low, high), a byte each. */
     void (*quantize_values)(const float *x, int64_t n, float scale, int32_t zero, int32_t low, int32_t high, uint8_t *codes);
-    /* acc = sum over k (a multiple of 4; of 8 for int4) of a * b; b points into the first panel's codes. */
+    /* acc = sum over k (a multiple of QN_K_PAD) of a * b; b points into the first panel's codes. */
     void (*tile_int8)(int rows, int panels, int64_t k, const uint8_t *a, int64_t a_stride, const uint8_t *b,
                       int64_t panel_bytes, int32_t *acc);
     void (*tile_int4)(int rows, int panels, int64_t k, const uint8_t *a, int64_t a_stride, const uint8_t *b,

@@ -192,10 +192,10 @@ static void run_layer(const layer *l, edge at) {
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) release(all[i]);
 }
 
-/* A kernel's operations by themselves: ranges, values to codes, tiles of every size it takes, over k that is a multiple of 4. */
+/* A kernel's operations by themselves: ranges, values to codes, tiles of every size it takes. */
 static void run_operations(const layer *l, edge at) {
     enum { TILE = QN_TILE_ROWS * QN_TILE_COLS };
-    int64_t n = l->k, k4 = qn_round_up(l->k, 4), k8 = qn_round_up(l->k, 8), floats_k = qn_min64(l->k, 128);
+    int64_t n = l->k, k8 = qn_round_up(l->k, 8), floats_k = qn_min64(l->k, 128);
     block values = guarded(n * 4, at), a = guarded(QN_TILE_ROWS * k8 * 2, at);
     fill_floats(values.data, n * 4, l->extreme);
     block b = guarded(QN_TILE_PANELS * k8 * QN_NR, at), fa = guarded(QN_TILE_ROWS * floats_k * 4, at);
@@ -226,10 +226,10 @@ static void run_operations(const layer *l, edge at) {
             memcpy(tight.data + j * kernel->a_bytes, &code, (size_t)kernel->a_bytes); /* little-endian */
         }
         for (int r = 0; r < count; r++) /* each row by itself too: rows are the remainder of a tile */
-            kernel->tile_int8(1, some, k4, tight.data + r * k8 * kernel->a_bytes, k8 * kernel->a_bytes, b.data, k8 * QN_NR,
+            kernel->tile_int8(1, some, k8, tight.data + r * k8 * kernel->a_bytes, k8 * kernel->a_bytes, b.data, k8 * QN_NR,
                               acc[0] + r * QN_TILE_COLS);
         int32_t together[TILE] = {0};
-        kernel->tile_int8(count, some, k4, tight.data, k8 * kernel->a_bytes, b.data, k8 * QN_NR, together);
+        kernel->tile_int8(count, some, k8, tight.data, k8 * kernel->a_bytes, b.data, k8 * QN_NR, together);
         kernel->tile_int4(count, some, k8, tight.data, k8 * kernel->a_bytes, b.data, k8 * QN_NR, acc[1]);
         float sum[TILE] = {0};
         int float_rows = rows < kernel->float_rows ? rows : kernel->float_rows;
@@ -246,7 +246,7 @@ static void run_operations(const layer *l, edge at) {
                 for (int p = 0; p < panels; p++) {
                     block one = guarded(k8, at);
                     memcpy(one.data, bytes + r * k8, (size_t)k8);
-                    kernel->tile_int8(1, 1, k4, one.data, 0, b.data + p * k8 * QN_NR, 0, first_acc[0] + r * QN_TILE_COLS + p * QN_NR);
+                    kernel->tile_int8(1, 1, k8, one.data, 0, b.data + p * k8 * QN_NR, 0, first_acc[0] + r * QN_TILE_COLS + p * QN_NR);
                     kernel->tile_int4(1, 1, k8, one.data, 0, b.data + p * k8 * QN_NR, 0, first_acc[1] + r * QN_TILE_COLS + p * QN_NR);
                     release(&one);
                 }
