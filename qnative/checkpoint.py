@@ -29,7 +29,7 @@ from qnative.granularity import Granules
 from qnative.linear import ACTIVATION_FUNCTIONS, ACTIVATIONS, QuantizedLinear
 from qnative.selection import FLOAT_SIZES, FLOATS, widen
 from qnative.stats import layer_stats, plain_sqnr
-from qnative.storage import FormatError, NamedTensor, TensorInfo, to_storage
+from qnative.storage import FormatError, NamedTensor, TensorInfo, plain_array, to_storage
 from qnative.tensor import QuantizedTensor
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Stored:
     @classmethod
     def copy(cls, x: Any) -> Stored:
         """Store a copy of an array."""
-        return cls(*to_storage(np.array(x)))
+        return cls(*to_storage(np.array(plain_array(x))))
 
     def value(self) -> NDArray[Any]:
         """Return the values; bfloat16 and float8 as float32, which holds them exactly."""

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from qnative import _core
+from qnative.storage import plain_array
 
 __all__ = ["as_float_array", "decode", "deliver", "encode", "float_dtype", "out_target", "plain_array"]
 
@@ -22,21 +23,6 @@ def _name_of(dtype: object) -> str:
     if name not in _NAMES:
         raise ValueError(f"{dtype!r} is not a format that can be encoded; choose one of {', '.join(_NAMES)}")
     return str(name)
-
-
-def plain_array(x: ArrayLike) -> NDArray[Any]:
-    """Return x as a `numpy.ndarray` itself, without a copy where it is one or a subclass of it (`numpy.memmap`, ...).
-
-    Raises
-    ------
-    TypeError
-        For masked arrays: nothing here would heed the mask.
-    """
-    if type(x) is np.ndarray:
-        return x
-    if isinstance(x, np.ndarray) and isinstance(x, np.ma.MaskedArray):
-        raise TypeError("a masked array's mask would be ignored; pass x.filled(value), or x.data if that is meant")
-    return np.asarray(x)
 
 
 def as_float_array(x: ArrayLike) -> NDArray[Any]:

@@ -8,9 +8,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["STORAGE", "FormatError", "NamedTensor", "StorageDType", "TensorInfo", "dtype_code", "to_storage"]
+__all__ = [
+    "STORAGE",
+    "FormatError",
+    "NamedTensor",
+    "StorageDType",
+    "TensorInfo",
+    "dtype_code",
+    "plain_array",
+    "to_storage",
+]
 
 
 class FormatError(ValueError):
@@ -57,6 +66,21 @@ _CODE_OF = {s.name: s.code for s in STORAGE.values()}
 OTHER_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8}
 
 
+def plain_array(x: ArrayLike) -> NDArray[Any]:
+    """Return x as a `numpy.ndarray` itself, without a copy where it is one or a subclass of it (`numpy.memmap`, ...).
+
+    Raises
+    ------
+    TypeError
+        For masked arrays: nothing here would heed the mask.
+    """
+    if type(x) is np.ndarray:
+        return x
+    if isinstance(x, np.ndarray) and isinstance(x, np.ma.MaskedArray):
+        raise TypeError("a masked array's mask would be ignored; pass x.filled(value), or x.data if that is meant")
+    return np.asarray(x)
+
+
 def dtype_code(dtype: np.dtype[Any]) -> str | None:
     """Return safetensors' code of a NumPy or ml_dtypes dtype, None where it has none."""
     return _CODE_OF.get(dtype.name)
@@ -80,9 +104,9 @@ def to_storage(x: Any) -> tuple[NDArray[Any], str]:
     Raises
     ------
     TypeError
-        For a dtype that has no place in a file: objects, strings, dates, long doubles.
+        For a dtype that has no place in a file: objects, strings, dates, long doubles. For masked arrays.
     """
-    array = np.asarray(x)
+    array = plain_array(x)
     code = dtype_code(array.dtype)
     if code is None:
         raise TypeError(f"dtype {array.dtype} cannot be stored; convert it to one of {', '.join(_CODE_OF)}")

@@ -53,7 +53,7 @@ def native(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 
 def rounds_of(request: pytest.FixtureRequest) -> int:
-    return 40 if request.config.getoption("--slow") else 2
+    return 20 if request.config.getoption("--slow") else 1
 
 
 @pytest.mark.parametrize("cpu", CPUS)

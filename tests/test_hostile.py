@@ -119,7 +119,6 @@ NATURES: dict[str, Callable[[np.ndarray[Any, Any], Path], Any]] = {
     "big-endian": lambda x, folder: x.astype(">f4"),
     "memory-mapped": mapped,
     "a subclass": lambda x, folder: x.view(np.memmap) if x.size == 0 else x.copy().view(Subclass),
-    "float64": lambda x, folder: x.astype(np.float64),
 }
 
 
