@@ -67,8 +67,8 @@ QN_INLINE VU offset_of_panel(const qn_weights *w, int64_t panel, int v) {
     return vu_load((const uint32_t *)(from + w->sum_at) + v % PANEL_VECTORS * QN_W) << 7;
 }
 
-/* multiply(R, V, int4, offset, ...): sum[r][v] = offset[v] + the sums over k, a multiple of 4 (of 8 for int4), of R rows by V vectors of
- * columns. Without an offset it is found on the way. R, V and int4 are constants where it is inlined. */
+/* multiply(R, V, int4, offset, ...): sum[r][v] = offset[v] + the sums over k, a multiple of QN_K_PAD, of R rows by V vectors
+ * of columns. Without an offset it is found on the way. R, V and int4 are constants where it is inlined. */
 #if defined(QN_I8MM)
 
 /* Two vectors of one k-step each as pairs of columns with eight k: | n0: k0..k7 | n1: k0..k7 | and n2, n3. */
@@ -97,15 +97,6 @@ QN_INLINE void multiply_row(const int V, const int int4, int64_t k, const uint8_
     }
 }
 
-/* Eight k of two rows, a matrix; of a last odd row, with itself; of four k, with zeros. */
-QN_INLINE uint8x16_t two_rows(const uint8_t *a, const uint8_t *b, int64_t k) {
-    if (k >= 8) return vcombine_u8(vld1_u8(a), vld1_u8(b));
-    uint64_t eight[2] = {0, 0};
-    memcpy(&eight[0], a, 4);
-    memcpy(&eight[1], b, 4);
-    return vreinterpretq_u8_u64(vld1q_u64(eight));
-}
-
 QN_INLINE void multiply(const int R, const int V, const int int4, const VU *offset, int64_t k, const uint8_t *a,
                         int64_t a_stride, const uint8_t *b, int64_t panel_bytes, VU sum[][COLUMN_VECTORS]) {
     enum { PAIRS = TILE_ROWS / 2 };
@@ -127,12 +118,12 @@ QN_INLINE void multiply(const int R, const int V, const int int4, const VU *offs
             if (int4)
                 pair_columns(low_nibbles(w), high_nibbles(w), pair + 2 * v);
             else
-                pair_columns(w, k - i >= 8 ? load_weights(b + 64, panel_bytes, v) : vdupq_n_u8(0), pair + 2 * v);
+                pair_columns(w, load_weights(b + 64, panel_bytes, v), pair + 2 * v);
         }
 #pragma GCC unroll 4
         for (int r = 0; r < (R + 1) / 2; r++) {
-            const uint8_t *row = a + 2 * r * a_stride + i;
-            uint8x16_t x = two_rows(row, 2 * r + 1 < R ? row + a_stride : row, k - i);
+            const uint8_t *row = a + 2 * r * a_stride + i, *next = 2 * r + 1 < R ? row + a_stride : row;
+            uint8x16_t x = vcombine_u8(vld1_u8(row), vld1_u8(next)); /* a matrix; a last odd row is there twice */
 #pragma GCC unroll 4
             for (int v = 0; v < 2 * V; v++)
                 acc[r][v] = int4 ? vmmlaq_u32(acc[r][v], x, pair[v])
