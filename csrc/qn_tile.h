@@ -493,7 +493,7 @@ QN_INLINE VU compact_zero(const qn_weights *w, const uint8_t *panel, int n, int6
     zeros[0] = nibbles & 0x0F0F0F0F0F0F0F0Fu;
     zeros[1] = nibbles >> 4 & 0x0F0F0F0F0F0F0F0Fu;
     return vu_load_u8((const uint8_t *)zeros);
-#else /* of a vector of 8, or of a single column */
+#else /* of a vector of 8 or 4, or of a single column */
     VU nibbles = vu_load_u8(panel + w->zero_at + g * 8 + n % 8);
     return (n < 8 ? nibbles : nibbles >> 4) & vu_splat(15);
 #endif

@@ -47,6 +47,7 @@ static inline VU vu_load_u8(const uint8_t *p) {
     memcpy(&four, p, 4);
     return (VU)vmovl_u16(vget_low_u16(vmovl_u8(vreinterpret_u8_u32(vdup_n_u32(four)))));
 }
+static inline VU vu_load_u16(const uint16_t *p) { return (VU)vmovl_u16(vld1_u16(p)); }
 static inline void vu_store_u8(uint8_t *p, VU v) {
     uint16x4_t narrow = vmovn_u32((uint32x4_t)v);
     uint32_t four = vget_lane_u32(vreinterpret_u32_u8(vmovn_u16(vcombine_u16(narrow, narrow))), 0);
