@@ -56,10 +56,11 @@ typedef struct {
     int64_t m, n, k, group, x_stride, y_stride, source_stride, x_bytes, y_bytes, source_bytes;
     qn_format format;
     qn_bias bias;
+    qn_scale scale;
     qn_input input;
     qn_output output;
     qn_activation activation;
-    int asymmetric, wide, from_floats, extreme;
+    int asymmetric, wide, from_floats, extreme, compact, one_zero;
     int threads;
 } layer;
 
@@ -83,6 +84,9 @@ static layer random_layer(void) {
     l.asymmetric = !float8 && below(2);
     l.from_floats = l.format == QN_INT8 && l.group == l.k && below(2);
     l.extreme = below(4) == 0;
+    l.compact = l.format == QN_INT4 && l.group < l.k && l.group <= QN_PAIR_GROUP && !float_product; /* as they are made from Python */
+    l.scale = l.compact ? (qn_scale)below(3) : QN_SCALE_FLOAT32;
+    l.one_zero = !l.compact ? 0 : !l.asymmetric ? 0 : below(2) ? (int)below(16) : -1;
     int64_t x_row = l.k * (codes ? 1 : 4), groups = (l.k + l.group - 1) / l.group;
     int64_t out_bytes = l.output == QN_OUTPUT_ACC64 ? 8 : l.output == QN_OUTPUT_INT8 || l.output == QN_OUTPUT_UINT8 ? 1 : 4;
     int64_t y_row = l.n * out_bytes * (l.output >= QN_OUTPUT_ACC32 ? groups : 1);
@@ -101,6 +105,13 @@ static uint8_t random_code(const layer *l) {
     if (l->format == QN_FLOAT8_E4M3FN) return (code & 0x7F) == 0x7F ? 5 : code;  /* finite: the NaN of an operation */
     if (l->format == QN_FLOAT8_E5M2) return (code & 0x7F) >= 0x7C ? 7 : code;    /* has a sign of the machine's choice */
     return l->extreme ? (code & 1 ? 0x80 : 0x7F) : code;
+}
+
+/* A scale that its type holds exactly, now and then a subnormal float16. */
+static float random_scale(qn_scale type) {
+    if (type == QN_SCALE_FLOAT16) return (float)from_to(1, 2047) * (below(8) ? 0x1p-17f : 0x1p-24f);
+    if (type == QN_SCALE_BFLOAT16) return (float)from_to(1, 255) * 0x1p-14f;
+    return 0.01f + 0.005f * random_float();
 }
 
 static void fill_floats(uint8_t *to, int64_t bytes, int specials) {
@@ -127,9 +138,10 @@ static void compare(const qn_kernel *kernel, const char *what, const layer *l, c
     } else if (memcmp(found, expected, (size_t)bytes) != 0) {
         failures++;
         fprintf(stderr, "%s: %s differs: %ld x %ld x %ld, groups of %ld, format %d, input %d, output %d, activation %d, bias %d, "
-                        "asymmetric %d, wide %d, %d threads\n",
+                        "asymmetric %d, wide %d, compact %d, scale %d, one zero %d, %d threads\n",
                 kernel->name, what, (long)l->m, (long)l->n, (long)l->k, (long)l->group, (int)l->format, (int)l->input, (int)l->output,
-                (int)l->activation, (int)l->bias, l->asymmetric, l->wide, l->threads);
+                (int)l->activation, (int)l->bias, l->asymmetric, l->wide, l->compact,
+                (int)l->scale, l->one_zero, l->threads);
     }
 }
 
@@ -137,7 +149,8 @@ static void compare(const qn_kernel *kernel, const char *what, const layer *l, c
 static void run_layer(const layer *l, edge at) {
     int64_t groups = (l->k + l->group - 1) / l->group;
     int codes = l->input == QN_INPUT_INT8_CODES || l->input == QN_INPUT_UINT8_CODES;
-    qn_weights w = {.format = l->format, .bias = l->bias, .asymmetric = l->asymmetric, .n = l->n, .k = l->k, .group = l->group};
+    qn_weights w = {.format = l->format, .bias = l->bias, .asymmetric = l->asymmetric, .n = l->n, .k = l->k, .group = l->group,
+                    .compact = l->compact, .scale = l->scale, .one_zero = l->one_zero};
     qn_weights_layout(&w);
     block source = guarded(l->source_bytes, at), scale = guarded(l->n * groups * 4, at), zero = guarded(l->n * groups * 4, at);
     block bias = guarded(l->n * 4, at), x = guarded(l->x_bytes, at), expected = guarded(l->y_bytes, at);
@@ -147,8 +160,9 @@ static void run_layer(const layer *l, edge at) {
     else
         for (int64_t i = 0; i < l->source_bytes; i++) source.data[i] = random_code(l);
     for (int64_t i = 0; i < l->n * groups; i++) {
-        ((float *)(void *)scale.data)[i] = 0.01f + 0.005f * random_float();
+        ((float *)(void *)scale.data)[i] = random_scale(l->scale);
         ((int32_t *)(void *)zero.data)[i] = (int32_t)(l->format == QN_INT4 ? below(16) : from_to(-128, 127));
+        if (l->compact && l->one_zero >= 0) ((int32_t *)(void *)zero.data)[i] = l->one_zero;
     }
     if (l->bias == QN_BIAS_INT32)
         for (int64_t i = 0; i < l->n; i++) ((int32_t *)(void *)bias.data)[i] = (int32_t)from_to(-10000, 10000);
@@ -182,6 +196,12 @@ static void run_layer(const layer *l, edge at) {
         release(&scratch);
         if (i == 0) memcpy(expected.data, y.data, (size_t)l->y_bytes);
         compare(kernel, "the layer", l, y.data, expected.data, l->y_bytes);
+        for (int64_t n = 0; n < l->n; n++) /* what the panels hold is what was given */
+            for (int64_t g = 0; g < groups; g++)
+                if (qn_weight_scale(&w, n, g) != from.scale[n * groups + g] || (from.zero && qn_weight_zero(&w, n, g) != from.zero[n * groups + g])) {
+                    fprintf(stderr, "%s: scale or zero point of column %ld, group %ld\n", kernel->name, (long)n, (long)g);
+                    failures++;
+                }
         block row = guarded(l->k, at);
         qn_unpack_panel(&w, 0, (int8_t *)row.data, l->k, 1);
         release(&row);
