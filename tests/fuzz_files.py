@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import copy
 import hashlib
 import json
 import os
@@ -112,10 +113,15 @@ def places(value: Any) -> list[tuple[Any, int]]:
     return found
 
 
+def interesting(rng: random.Random) -> Any:
+    """One of INTERESTING, a copy: a list that was part of two documents, or of itself, would change both."""
+    return copy.deepcopy(rng.choice(INTERESTING))
+
+
 def nearby(value: Any, rng: random.Random) -> Any:
     """Another value, often one of the same kind."""
     if isinstance(value, bool) or rng.random() < 0.4:
-        return rng.choice(INTERESTING)
+        return interesting(rng)
     if isinstance(value, int):
         return rng.choice(
             [value + 1, value - 1, -value, value * 2, value // 2, value + (1 << rng.randrange(66)), float(value)]
@@ -138,7 +144,7 @@ def nearby(value: Any, rng: random.Random) -> Any:
             if not isinstance(value, Pairs)
             else Pairs(value[:-1])
         )
-    return rng.choice(INTERESTING)
+    return interesting(rng)
 
 
 def mutated(document: Any, rng: random.Random) -> Any:
