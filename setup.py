@@ -66,7 +66,9 @@ VECTORS = [] if DEBUG or sys.platform == "win32" else ["-O2", "-ftree-vectorize"
 
 def extension(name: str, *sources: str, small: bool = False, optimise: list[str] | None = None) -> Extension:
     """List an extension; `small` ones have no loop of their own that a compiler could make faster."""
-    if optimise is None:
+    if SANITIZE and sys.platform != "win32":
+        optimise = ["-O1"]  # checks after every access are not made faster by -O3, and it takes many times as long
+    elif optimise is None:
         optimise = ["-Os"] if small and sys.platform != "win32" else []
     return Extension(
         f"qnative._core.{name}",
