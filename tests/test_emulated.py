@@ -66,10 +66,10 @@ def test_same_bits_on_another_cpu(
     assert found == {subject: digest for subject, digest in native.items() if subject in found}
 
 
-@pytest.mark.parametrize("isa", [name for name, usable in isas().items() if usable])
-def test_same_bits_with_every_kernel(isa: str, native: dict[str, Any], request: pytest.FixtureRequest) -> None:
-    found = digests(rounds_of(request), QNATIVE_ISA=isa)
-    assert found.pop("isa") == isa
+@pytest.mark.parametrize("kernel", [name for name, usable in isas().items() if usable])
+def test_same_bits_with_every_kernel(kernel: str, native: dict[str, Any], request: pytest.FixtureRequest) -> None:
+    found = digests(rounds_of(request), QNATIVE_ISA=kernel)
+    assert found.pop("isa") == kernel
     assert found == {subject: digest for subject, digest in native.items() if subject in found}
 
 
