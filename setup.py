@@ -50,7 +50,9 @@ else:
     compile_args.append("-pthread")
     link_args, libraries = ["-pthread"], ["m"]
     if not (DEBUG or SANITIZE) and sys.platform.startswith("linux"):
-        link_args.append("-s")  # names that nobody looks up are a tenth of a wheel
+        # Names that nobody looks up are a tenth of a wheel; pages of their own for constants are 4 KiB a module.
+        link_args += ["-s", "-Wl,-z,noseparate-code"]
+        compile_args.append("-fno-asynchronous-unwind-tables")  # 60 KB for debuggers only: nothing throws
     if sys.platform.startswith("linux"):
         link_args.append("-Wl,-z,nodelete")  # the pool's threads sleep in this code for as long as the process lives
     if DEBUG:
@@ -60,7 +62,7 @@ else:
         link_args += ["-fsanitize=address,undefined"]
 
 
-# All that a loop over elements gains from -O3; the rest of it makes the code around such loops longer.
+# All that loops gain from -O3; the rest of it makes the code around them longer.
 VECTORS = [] if DEBUG or sys.platform == "win32" else ["-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic"]
 
 
@@ -97,13 +99,13 @@ setup(
         [
             shared_utilities(),
             extension("elementwise", optimise=VECTORS),
-            extension("fake_quant"),
+            extension("fake_quant", optimise=VECTORS),
             extension("floats", optimise=VECTORS),
             extension("levels", small=True),
-            extension("linear", *C_SOURCES),
-            extension("limits", "csrc/qn_limits.c"),
+            extension("linear", *C_SOURCES, optimise=VECTORS),
+            extension("limits", "csrc/qn_limits.c", optimise=VECTORS),
             extension("qnative_threads", "csrc/qn_pool.c", small=True),
-            extension("statistics"),
+            extension("statistics", optimise=VECTORS),
         ],
         build_dir="build/cython",
         shared_utility_qualified_name="qnative._core._cyutility",

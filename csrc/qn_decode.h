@@ -18,6 +18,14 @@
 #else
 #define QN_INLINE static inline
 #endif
+/* Once in a kernel, whatever its arguments. */
+#if defined(__clang__)
+#define QN_ONCE static __attribute__((noinline))
+#elif defined(__GNUC__)
+#define QN_ONCE static __attribute__((noinline, noclone))
+#else
+#define QN_ONCE static
+#endif
 
 /* The formats, as a constant where it is inlined: int8 differs with zero points and without. */
 typedef enum { CODES_INT8, CODES_INT8_ZERO, CODES_INT4, CODES_E4M3FN, CODES_E5M2 } code_kind;

@@ -84,14 +84,15 @@ QN_INLINE VF silu(VF x) {
     return relu(x) - a * (e / (vf_splat(1.0f) + e));
 }
 
+/* Those that are worth a call: once a kernel, not once for every way of writing y. */
+QN_ONCE VF activate_smoothly(VF x, qn_activation activation) {
+    if (activation == QN_GELU) return gelu(x);
+    return activation == QN_GELU_TANH ? gelu_tanh(x) : silu(x);
+}
+
 QN_INLINE VF activate(VF x, qn_activation activation) {
-    switch (activation) {
-    case QN_RELU: return relu(x);
-    case QN_GELU: return gelu(x);
-    case QN_GELU_TANH: return gelu_tanh(x);
-    case QN_SILU: return silu(x);
-    default: return x;
-    }
+    if (activation == QN_IDENTITY) return x;
+    return activation == QN_RELU ? relu(x) : activate_smoothly(x, activation);
 }
 
 /* ---- quantizing a row ---- */
@@ -392,7 +393,7 @@ static void quantize_rows(const qn_call *c, qn_rows *rows) {
 
 /* ---- the epilogue ---- */
 
-/* Give one row of finished sums to y as floats: `activation` is a constant where this is inlined. */
+/* Give one row of finished sums to y as floats. */
 QN_INLINE void emit_floats(const float *values, int64_t columns, float *y, const qn_activation activation) {
     int64_t n = 0;
     for (; n + QN_W <= columns; n += QN_W) vf_store(y + n, activate(vf_load(values + n), activation));
@@ -453,8 +454,8 @@ QN_INLINE void ask_for_outputs(const int R, const int columns, const qn_call *c,
 }
 
 /* Give a tile of finished sums, float [count][stride] with bias and all, to y; from `column` on, as many as there are. */
-static void emit(const qn_call *c, const qn_rows *rows, int64_t row, int count, int64_t column, int64_t columns,
-                 const float *values, int64_t stride) {
+QN_ONCE void emit(const qn_call *c, const qn_rows *rows, int64_t row, int count, int64_t column, int64_t columns,
+                  const float *values, int64_t stride) {
     int codes = output_bytes(c) == 1;
     uint8_t *y = output_at(c, rows, row, column);
     if (columns > c->w->n - column) columns = c->w->n - column;
@@ -466,12 +467,12 @@ static void emit(const qn_call *c, const qn_rows *rows, int64_t row, int count, 
         else                                                                                                           \
             emit_floats(values + r * stride, columns, (float *)(y + r * c->y_stride), ACTIVATION);                     \
     }
-    switch (c->activation) {
-    case QN_RELU: EMIT(QN_RELU) break;
-    case QN_GELU: EMIT(QN_GELU) break;
-    case QN_GELU_TANH: EMIT(QN_GELU_TANH) break;
-    case QN_SILU: EMIT(QN_SILU) break;
-    default: EMIT(QN_IDENTITY) break;
+    if (c->activation == QN_IDENTITY) {
+        EMIT(QN_IDENTITY)
+    } else if (c->activation == QN_RELU) {
+        EMIT(QN_RELU)
+    } else {
+        EMIT(c->activation)
     }
 #undef EMIT
 }
@@ -539,11 +540,36 @@ QN_INLINE uint32_t corrected_sum(const qn_weights *w, const qn_rows *rows, int64
 
 enum { COLUMN_VECTORS = QN_TILE_VALUES / QN_W }; /* of a row of a tile, at most */
 
+QN_ONCE void epilogue(const qn_call *c, const qn_rows *rows, int64_t row, int count, int64_t panel, int panels, int64_t g,
+                      const int32_t *acc, const float *converted, float *sum);
+
+/* Finish a tile, of whole panels, by way of memory. */
+QN_INLINE void finish_stored_tile(const int R, const int V, const qn_call *c, const qn_rows *rows, int64_t row, int64_t panel,
+                                  VU sum[][COLUMN_VECTORS]) {
+    const int width = QN_NR / QN_W;
+    int32_t acc[QN_TILE_ROWS * QN_TILE_COLS];
+    float values[QN_TILE_ROWS * QN_TILE_COLS];
+#pragma GCC unroll 8
+    for (int first = 0; first < V; first += QN_TILE_PANELS * width) {
+        const int some = V - first < QN_TILE_PANELS * width ? V - first : QN_TILE_PANELS * width;
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+            for (int v = 0; v < some; v++) vu_store((uint32_t *)acc + r * QN_TILE_COLS + v * QN_W, sum[r][first + v]);
+        epilogue(c, rows, row, R, panel + first / width, some / width, 0, acc, 0, values);
+    }
+}
+
 /* Finish a tile of int8 products that has one group while it is in registers: R rows by V vectors of columns, from
  * `column` (the first of a panel or of a part of one) on. */
 QN_INLINE void finish_tile(const int R, const int V, const qn_call *c, const qn_rows *rows, int64_t row, int64_t column,
                            VU sum[][COLUMN_VECTORS]) {
     const qn_weights *w = c->w;
+    const int seldom = w->asymmetric || w->bias == QN_BIAS_INT32;
+    if (V * QN_W % QN_NR == 0 && seldom) {
+        finish_stored_tile(R, V, c, rows, row, column / QN_NR, sum);
+        return;
+    }
     const float *row_scale = rows->scale + row;
     const int32_t *row_zero = rows->zero + row;
     float values[QN_TILE_VALUES];
@@ -556,7 +582,7 @@ QN_INLINE void finish_tile(const int R, const int V, const qn_call *c, const qn_
         int n = (int)(column + v * QN_W) % QN_NR;
         column_terms t = terms_of_columns(w, panel, n, 0);
         float *to = first + v * QN_W;
-        if (w->asymmetric || w->bias == QN_BIAS_INT32) { /* seldom, and so kept out of the loop below */
+        if (V * QN_W % QN_NR != 0 && seldom) {
 #pragma GCC unroll 8
             for (int r = 0; r < R; r++)
                 sum[r][v] += t.int_bias - vu_multiply(t.zero, vu_splat(corrected_sum(w, rows, row + r, 0)));

@@ -34,6 +34,7 @@ def data(seed: int, m: int, k: int, n: int, kind: str) -> tuple[Any, Any, Any]:
     """Normal values; or, so that sums reach their ends, the largest codes everywhere; or rows of one sign."""
     rng = np.random.default_rng(seed)
     x, w = rng.standard_normal((m, k)).astype(np.float32), rng.standard_normal((n, k)).astype(np.float32)
+    w = np.copysign(np.maximum(np.abs(w), np.float32(2**-8)), w)  # a group of one has a scale that float16 can hold
     if kind == "ends":
         x, w = np.where(x > 1.5, -0.01, 1).astype(np.float32), np.where(w > 2, -0.01, 1).astype(np.float32)
     elif kind == "one sign":
