@@ -427,6 +427,7 @@ def run(count: int, seed: int, seconds: float, report: str | None, guided: bool)
                 summary()
 
         def summary() -> None:
+            # What resident memory grows by is the tracer's: each time that it starts it keeps some kilobytes for good.
             found = {
                 **judge.counts, "seconds": round(time.monotonic() - started), "guided": guided, "failures": 0,
                 "most bytes traced": judge.most_traced, "resident bytes grown": resident() - warm if warm else None,

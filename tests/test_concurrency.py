@@ -37,6 +37,7 @@ def test_ctrl_c_between_and_during_calls() -> None:
         python("""
     import os, signal, threading, time
     import numpy as np, qnative as qn
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started without it
     w = np.random.default_rng(0).standard_normal((256, 512)).astype(np.float32)
     layer, x = qn.QuantizedLinear.from_float(w), w[:64]
     expected, hits = layer(x).tobytes(), 0
