@@ -30,20 +30,99 @@ static int64_t code_at(const qn_weights *w, int64_t n, int64_t k) {
     return k / QN_KR * 64 + n * QN_KR + k % QN_KR;
 }
 
-/* The k-step of four int8 codes at `row`, of which only `k` are left, for one column; of int4's two k-steps. */
-static uint32_t int8_step(const int8_t *row, int64_t k) {
-    uint32_t step = 0;
-    if (k >= QN_KR)
-        memcpy(&step, row, QN_KR); /* of a constant size: one load */
+/* How rows of codes lie before they are packed: int8 a byte each; int4 a byte each; int4 two a byte, the first in the low nibble. */
+typedef enum { ROWS_INT8, ROWS_INT4, ROWS_NIBBLES } row_form;
+
+static int64_t k_of_step(const row_form form) { return form == ROWS_INT8 ? QN_KR : 2 * QN_KR; }
+
+/* Bytes of a row that go into a lane. */
+static int64_t bytes_of_step(const row_form form) { return form == ROWS_INT4 ? 2 * QN_KR : QN_KR; }
+
+/* Four bytes at `row`, of which only `count` are left. */
+static uint32_t bytes_of_row(const uint8_t *row, int64_t count) {
+    uint32_t bytes = 0;
+    if (count >= QN_KR)
+        memcpy(&bytes, row, QN_KR); /* of a constant size: one load */
     else
-        memcpy(&step, row, (size_t)k);
-    return step;
+        memcpy(&bytes, row, (size_t)count);
+    return bytes;
 }
 
-static uint32_t int4_steps(const int8_t *row, int64_t k) {
-    uint32_t even = int8_step(row, k), odd = k > QN_KR ? int8_step(row + QN_KR, k - QN_KR) : 0;
-    return (even & 0x0F0F0F0Fu) | (odd & 0x0F0F0F0Fu) << 4;
+/* Eight nibbles in the order of a row, 01234567, to that of a lane, 04152637: halves of the whole are shuffled, then of each half.
+ * X may be a vector. */
+#define SHUFFLE_NIBBLES(X) \
+    do { \
+        (X) = ((X) & 0xFF0000FFu) | ((X) & 0x0000FF00u) << 8 | ((X) >> 8 & 0x0000FF00u); \
+        (X) = ((X) & 0xF00FF00Fu) | ((X) & 0x00F000F0u) << 4 | ((X) >> 4 & 0x00F000F0u); \
+    } while (0)
+
+/* A lane of a panel: the codes at `row`, of which only `k` are left. */
+static uint32_t lane_of_row(const row_form form, const uint8_t *row, int64_t k) {
+    if (form == ROWS_INT8) return bytes_of_row(row, k);
+    if (form == ROWS_INT4) {
+        uint32_t even = bytes_of_row(row, k), odd = k > QN_KR ? bytes_of_row(row + QN_KR, k - QN_KR) : 0;
+        return (even & 0x0F0F0F0Fu) | (odd & 0x0F0F0F0Fu) << 4;
+    }
+    uint32_t nibbles = bytes_of_row(row, (k + 1) / 2);
+    if (k < 2 * QN_KR) nibbles &= ((uint32_t)1 << (4 * k)) - 1; /* what pads a row may be anything */
+    SHUFFLE_NIBBLES(nibbles);
+    return nibbles;
 }
+
+#ifdef __has_builtin
+#if __has_builtin(__builtin_shufflevector)
+#define VECTOR_STEPS 16
+#endif
+#endif
+
+#ifdef VECTOR_STEPS
+typedef uint32_t four __attribute__((vector_size(16)));
+
+static four load_four(const uint8_t *row, const row_form form) {
+    four x;
+    memcpy(&x, row, sizeof x);
+    if (form == ROWS_NIBBLES) SHUFFLE_NIBBLES(x);
+    return x;
+}
+
+/* VECTOR_STEPS steps of sixteen rows: squares of four by four are transposed, a cache line of four rows before the next four, as
+ * sixteen rows may all want the same few places of the cache. */
+static void pack_steps(const row_form form, const uint8_t *rows, int64_t stride, uint8_t *to) {
+    for (int n = 0; n < QN_NR; n += 4, rows += 4 * stride, to += 4 * QN_KR) {
+        for (int step = 0; step < VECTOR_STEPS; step += 4) {
+            four r[4];
+            for (int i = 0; i < 4; i++) r[i] = load_four(rows + i * stride + step * QN_KR, form);
+            four a = __builtin_shufflevector(r[0], r[1], 0, 4, 1, 5), b = __builtin_shufflevector(r[2], r[3], 0, 4, 1, 5);
+            four c = __builtin_shufflevector(r[0], r[1], 2, 6, 3, 7), d = __builtin_shufflevector(r[2], r[3], 2, 6, 3, 7);
+            r[0] = __builtin_shufflevector(a, b, 0, 1, 4, 5);
+            r[1] = __builtin_shufflevector(a, b, 2, 3, 6, 7);
+            r[2] = __builtin_shufflevector(c, d, 0, 1, 4, 5);
+            r[3] = __builtin_shufflevector(c, d, 2, 3, 6, 7);
+            for (int i = 0; i < 4; i++) memcpy(to + (step + i) * 64, &r[i], sizeof r[i]);
+        }
+    }
+}
+#endif
+
+/* k codes of `count` rows, padded to `padded`; returns where the next go. */
+static uint8_t *pack_rows(const row_form form, const uint8_t *rows, int64_t stride, int count, int64_t k, int64_t padded, uint8_t *to) {
+    int64_t done = 0, a_step = k_of_step(form), a_lane = bytes_of_step(form);
+#ifdef VECTOR_STEPS
+    if (count == QN_NR && form != ROWS_INT4)
+        for (; done + VECTOR_STEPS * a_step <= k; done += VECTOR_STEPS * a_step, rows += VECTOR_STEPS * a_lane, to += VECTOR_STEPS * 64)
+            pack_steps(form, rows, stride, to);
+#endif
+    for (; done < padded; done += a_step, rows += a_lane, to += 64) {
+        uint32_t lanes[QN_NR] = {0};
+        if (done < k)
+            for (int n = 0; n < count; n++) lanes[n] = lane_of_row(form, rows + n * stride, k - done);
+        memcpy(to, lanes, sizeof lanes);
+    }
+    return to;
+}
+
+/* Do groups follow each other in a panel without padding, so that a row is packed as if it had none? */
+static int has_whole_groups(const qn_weights *w) { return w->groups == 1 || w->group == w->group_k; }
 
 /* A column's sum of codes is its product with a row of ones, which the kernel is quick at. */
 static void sum_codes(const qn_kernel *kernel, const qn_weights *w, uint8_t *panel) {
@@ -63,27 +142,20 @@ static void sum_codes(const qn_kernel *kernel, const qn_weights *w, uint8_t *pan
     }
 }
 
-void qn_pack_panel(const qn_kernel *kernel, const qn_weights *w, int64_t p, const int8_t *codes, int64_t stride, int count) {
+static void fill_panel(const qn_kernel *kernel, const qn_weights *w, int64_t p, const row_form form, const uint8_t *rows, int64_t stride,
+                       int count) {
     uint8_t *panel = w->data + p * w->panel_bytes, *to = panel + w->codes_at;
-    int int4 = w->format == QN_INT4;
-    int64_t step = int4 ? 2 * QN_KR : QN_KR;
-    for (int64_t g = 0; g < w->groups; g++) {
-        const int8_t *from = codes + g * w->group;
-        int64_t k = qn_min64(w->group, w->k - g * w->group), i = 0;
-        if (count == QN_NR && !int4) { /* whole steps of whole panels: loads and stores, nothing to decide */
-            for (; i + QN_KR <= k; i += QN_KR, to += 64)
-                for (int n = 0; n < QN_NR; n++) memcpy(to + n * QN_KR, from + n * stride + i, QN_KR);
-        }
-        for (; i < w->group_k; i += step, to += 64) {
-            uint32_t lanes[QN_NR] = {0};
-            if (i < k)
-                for (int n = 0; n < count; n++)
-                    lanes[n] = int4 ? int4_steps(from + n * stride + i, k - i) : int8_step(from + n * stride + i, k - i);
-            memcpy(to, lanes, sizeof lanes);
-        }
-    }
+    if (has_whole_groups(w))
+        to = pack_rows(form, rows, stride, count, w->k, w->groups * w->group_k, to);
+    else /* never nibbles: a group may begin within a byte */
+        for (int64_t g = 0; g < w->groups; g++, rows += w->group)
+            to = pack_rows(form, rows, stride, count, qn_min64(w->group, w->k - g * w->group), w->group_k, to);
     memset(to, 0, (size_t)(panel + w->panel_bytes - to)); /* what rounding the panel up has left */
     if (w->format < QN_FLOAT8_E4M3FN && !w->compact) sum_codes(kernel, w, panel);
+}
+
+void qn_pack_panel(const qn_kernel *kernel, const qn_weights *w, int64_t p, const int8_t *codes, int64_t stride, int count) {
+    fill_panel(kernel, w, p, w->format == QN_INT4 ? ROWS_INT4 : ROWS_INT8, (const uint8_t *)codes, stride, count);
 }
 
 void qn_unpack_panel(const qn_weights *w, int64_t p, int8_t *codes, int64_t stride, int count) {
@@ -138,48 +210,57 @@ int32_t qn_weight_zero(const qn_weights *w, int64_t n, int64_t g) {
 /* Scales, zero points and biases of a panel's columns. */
 static void pack_terms(const qn_weights *w, int64_t p, const qn_source *from, int count) {
     uint8_t *panel = w->data + p * w->panel_bytes;
-    float *scale = (float *)(panel + w->scale_at);
-    int32_t *zero = (int32_t *)(panel + w->zero_at);
-    int64_t first = p * QN_NR;
+    uint8_t *scales = panel + w->scale_at, *zeros = panel + w->zero_at;
+    const float *scale = from->scale + p * QN_NR * w->groups;
+    const int32_t *zero = from->zero ? from->zero + p * QN_NR * w->groups : 0;
     memset(panel, 0, (size_t)w->codes_at);
-    for (int n = 0; n < count; n++) {
-        for (int64_t g = 0; g < w->groups; g++) {
-            float given = from->scale[(first + n) * w->groups + g];
-            if (w->compact && w->scale != QN_SCALE_FLOAT32)
-                ((uint16_t *)(void *)scale)[g * QN_NR + n] = narrow_scale(w->scale, given);
-            else
-                scale[g * QN_NR + n] = given;
-            if (w->asymmetric && !w->compact) zero[g * QN_NR + n] = from->zero[(first + n) * w->groups + g];
-            if (w->compact && w->one_zero < 0)
-                panel[w->zero_at + g * QN_NR / 2 + n % (QN_NR / 2)] |=
-                    (uint8_t)(from->zero[(first + n) * w->groups + g] << (n < QN_NR / 2 ? 0 : 4));
+    for (int64_t g = 0; g < w->groups; g++, scale++) {
+        float given[QN_NR] = {0};
+        uint16_t narrow[QN_NR];
+        for (int n = 0; n < count; n++) given[n] = scale[n * w->groups];
+        if (w->compact && w->scale != QN_SCALE_FLOAT32) {
+            for (int n = 0; n < QN_NR; n++) narrow[n] = narrow_scale(w->scale, given[n]);
+            memcpy(scales + g * sizeof narrow, narrow, sizeof narrow);
+        } else {
+            memcpy(scales + g * sizeof given, given, sizeof given);
         }
     }
-    if (w->bias != QN_NO_BIAS) memcpy(panel + w->bias_at, (const uint8_t *)from->bias + first * 4, (size_t)count * 4);
+    if (w->asymmetric && !(w->compact && w->one_zero >= 0)) {
+        for (int64_t g = 0; g < w->groups; g++, zero++) {
+            int32_t given[QN_NR] = {0};
+            for (int n = 0; n < count; n++) given[n] = zero[n * w->groups];
+            if (w->compact)
+                for (int n = 0; n < QN_NR / 2; n++) zeros[g * QN_NR / 2 + n] = (uint8_t)(given[n] | given[n + QN_NR / 2] << 4);
+            else
+                memcpy(zeros + g * sizeof given, given, sizeof given);
+        }
+    }
+    if (w->bias != QN_NO_BIAS) memcpy(panel + w->bias_at, (const uint8_t *)from->bias + p * QN_NR * 4, (size_t)count * 4);
 }
 
 /* Distance of the rows of a panel's codes in a buffer: an odd number of cache lines, as at a power of two sixteen rows
  * would want the same few places of the cache. */
 static int64_t buffer_stride(const qn_weights *w) { return qn_round_up(w->k, 128) + 64; }
 
-/* Rows of codes, one a byte, of a panel: where they lie already, or in `buffer`. */
-static const int8_t *codes_of_panel(const qn_kernel *kernel, const qn_weights *w, int64_t p, const qn_source *from, int count,
-                                    int8_t *buffer) {
-    int64_t first = p * QN_NR, k = w->k;
-    if (!from->values && w->format != QN_INT4) return (const int8_t *)from->codes + first * from->stride;
+/* Are codes, one a byte, made in a buffer before they are packed? */
+static int is_buffered(const qn_weights *w, const qn_source *from) {
+    return from->values || (w->format == QN_INT4 && !has_whole_groups(w));
+}
+
+/* Codes of a panel's rows, one a byte, into a buffer. */
+static void codes_of_panel(const qn_kernel *kernel, const qn_weights *w, int64_t p, const qn_source *from, int count, uint8_t *buffer) {
+    const uint8_t *panel = w->data + p * w->panel_bytes;
     for (int n = 0; n < count; n++) {
-        int8_t *row = buffer + n * buffer_stride(w);
-        const uint8_t *at = (const uint8_t *)(from->values ? (const void *)from->values : from->codes) + (first + n) * from->stride;
+        uint8_t *row = buffer + n * buffer_stride(w);
+        const uint8_t *at = (const uint8_t *)(from->values ? (const void *)from->values : from->codes) + (p * QN_NR + n) * from->stride;
         if (from->values) {
-            const uint8_t *panel = w->data + p * w->panel_bytes;
             int32_t zero = w->asymmetric ? ((const int32_t *)(panel + w->zero_at))[n] : 0;
-            kernel->quantize_values((const float *)(const void *)at, k, ((const float *)(panel + w->scale_at))[n], zero, from->low,
-                                    from->high, (uint8_t *)row);
+            kernel->quantize_values((const float *)(const void *)at, w->k, ((const float *)(panel + w->scale_at))[n], zero, from->low,
+                                    from->high, row);
         } else {
-            for (int64_t i = 0; i < k; i++) row[i] = (int8_t)(i % 2 ? at[i / 2] >> 4 : at[i / 2] & 15);
+            for (int64_t i = 0; i < w->k; i++) row[i] = i % 2 ? at[i / 2] >> 4 : at[i / 2] & 15;
         }
     }
-    return buffer;
 }
 
 typedef struct {
@@ -193,7 +274,7 @@ static void pack_some(void *context, int thread) {
     (void)thread;
     job *j = context;
     const qn_weights *w = j->w;
-    int buffered = j->from->values || w->format == QN_INT4;
+    const int buffered = is_buffered(w, j->from);
     uint64_t mode = qn_enter_default_mode();
     uint8_t *buffer = qn_scratch_take(buffered ? QN_NR * buffer_stride(w) : 1);
     int64_t taken;
@@ -201,8 +282,13 @@ static void pack_some(void *context, int thread) {
         int64_t p = w->panels - 1 - taken; /* the last first: who has looked for ranges has just read them */
         int count = (int)qn_min64(QN_NR, w->n - p * QN_NR);
         pack_terms(w, p, j->from, count);
-        const int8_t *codes = codes_of_panel(j->kernel, w, p, j->from, count, (int8_t *)buffer);
-        qn_pack_panel(j->kernel, w, p, codes, buffered ? buffer_stride(w) : j->from->stride, count);
+        if (buffered) {
+            codes_of_panel(j->kernel, w, p, j->from, count, buffer);
+            qn_pack_panel(j->kernel, w, p, (const int8_t *)buffer, buffer_stride(w), count);
+        } else {
+            const uint8_t *rows = (const uint8_t *)j->from->codes + p * QN_NR * j->from->stride;
+            fill_panel(j->kernel, w, p, w->format == QN_INT4 ? ROWS_NIBBLES : ROWS_INT8, rows, j->from->stride, count);
+        }
     }
     qn_scratch_give(buffer);
     qn_leave_default_mode(mode);
