@@ -3,7 +3,7 @@
 
 a) Every granularity is one walk (`walk.pxd`), which a long array is given in pieces (`pieces.pxd`).
 b) Python has checked and coerced; these functions check again every size that guards a pointer.
-c) A run of the walk is worked off by a loop over a multiple of 64 elements, by 32, and the rest as 32 of which some are not
+c) A run of the walk is worked off by loops over multiples of 64 elements, by 32, and the rest as 32 of which some are not
    wanted: loops for which a compiler needs neither a beginning nor an end.
 d) The rules clamp in floating point, so that no conversion overflows. float64 input has plain loops of its own.
 """
