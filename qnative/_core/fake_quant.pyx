@@ -6,7 +6,8 @@ a) What a pass does to an element is a few lines at the top; the loops below the
 b) Forward. Integers: ``(clamp(rint(x / s), low - z, high - z) + 0) * s``, the rounded quotient being a whole number that
    needs no conversion to an integer and back; the sum with 0 turns a negative zero into the zero that the code 0
    decodes to. Float8: x / s rounded to the format by adding and subtracting a power of two (`round8`), times s.
-   x and s are of any precision; the product is float32. A run of one scale may divide by multiplying (`division.pxd`). NaN becomes 0 (float8: stays NaN); the caller is told.
+   x and s are of any precision; the product is float32. A run of one scale may divide by multiplying (`division.pxd`).
+   NaN becomes 0 (float8: stays NaN); the caller is told.
 c) Backward. Gradients of scales are float64 sums of the float32 products ``dy * d``, in one order: element i of
    a run is added to lane i mod 32; the upper half of the lanes is added to the lower one until one is left; the runs of
    a scale are added in the order of memory. Where each element of a run has a scale of its own, so has its sum.
