@@ -3,7 +3,7 @@
 
 a) Every granularity is one walk (`walk.pxd`), which a long array is given in pieces (`pieces.pxd`).
 b) Python has checked and coerced; these functions check again every size that guards a pointer.
-c) A run of the walk is worked off by a loop over a multiple of 64 elements, by 32, and the rest as 32 of which some are not
+c) A run of the walk is worked off by loops over multiples of 64 elements, by 32, and the rest as 32 of which some are not
    wanted: loops for which a compiler needs neither a beginning nor an end.
 d) The rules clamp in floating point, so that no conversion overflows. float64 input has plain loops of its own.
 """
@@ -19,7 +19,8 @@ from qnative._core.floats cimport (
     Decoder, Encoder, Format, decode_code, decoder_of, encode_float, encoder_of, format_of, to_odd,
 )
 from qnative._core.levels cimport (
-    AVX2, AVX512, BASELINE, at_avx2, at_avx512, at_baseline, chosen_level, inlined, own_bytes, own_floats, own_lanes,
+    AVX2, AVX512, BASELINE, SPAN, at_avx2, at_avx512, at_baseline, chosen_level, fetch, inlined, own_bytes, own_floats,
+    own_lanes,
 )
 from qnative._core.pieces cimport PIECE, in_pieces, qn_atomic, qn_atomic_add, qn_atomic_get
 from qnative._core.walk cimport Walk, by_columns, check_sizes, new_walk, next_run, part, rows_share
@@ -178,7 +179,7 @@ cdef inlined encode_run(
     const float *x, uint8_t *out, Py_ssize_t n, const float *s, const float *r, const int32_t *z, const Task *t,
     bint is8, bint by_multiplying, bint each, uint32_t *top
 ) noexcept nogil:
-    cdef Py_ssize_t i = n // WIDE * WIDE, j = i if each else 0, rest
+    cdef Py_ssize_t i = 0, j = 0, wide = n // WIDE * WIDE, rest
     cdef float values[NARROW]
     cdef float scales[NARROW]
     cdef float reciprocals[NARROW]
@@ -186,10 +187,15 @@ cdef inlined encode_run(
     cdef uint8_t codes[NARROW]
     cdef const float *x_at
     cdef uint8_t *out_at
-    if i:
-        encode_some(x, out, i, s, r, z, t, is8, by_multiplying, each, False, top)
+    while i < wide:
+        rest = min(wide - i, <Py_ssize_t>SPAN) // WIDE * WIDE  # as a compiler is to see
+        fetch(x + i, rest * 4)
+        encode_some(x + i, out + i, rest, s + j, r + j, z + j, t, is8, by_multiplying, each, False, top)
+        i += rest
+        j = i if each else 0
     while i < n:
         rest = n - i
+        fetch(x + i, NARROW * 4)
         x_at, out_at = x + i, out + i
         if rest < NARROW:
             memset(values, 0, sizeof(values))
@@ -222,17 +228,23 @@ cdef inlined decode_some(
 cdef inlined decode_run(
     const uint8_t *codes, float *out, Py_ssize_t n, const float *s, const int32_t *z, const Task *t, bint is8, bint each
 ) noexcept nogil:
-    cdef Py_ssize_t i = n // WIDE * WIDE, j = i if each else 0, rest
+    cdef Py_ssize_t i = 0, j = 0, wide = n // WIDE * WIDE, rest
     cdef float values[NARROW]
     cdef float scales[NARROW]
     cdef int32_t zeros[NARROW]
     cdef uint8_t some[NARROW]
     cdef const uint8_t *codes_at
     cdef float *out_at
-    if i:
-        decode_some(codes, out, i, s, z, t, is8, each)
+    while i < wide:
+        rest = min(wide - i, <Py_ssize_t>SPAN) // WIDE * WIDE  # as a compiler is to see
+        fetch(codes + i, rest)
+        fetch(out + i, rest * 4)
+        decode_some(codes + i, out + i, rest, s + j, z + j, t, is8, each)
+        i += rest
+        j = i if each else 0
     while i < n:
         rest = n - i
+        fetch(out + i, NARROW * 4)
         codes_at, out_at = codes + i, out + i
         if rest < NARROW:
             memset(some, 0, sizeof(some))

@@ -6,7 +6,8 @@ a) What a pass does to an element is a few lines at the top; the loops below the
 b) Forward. Integers: ``(clamp(rint(x / s), low - z, high - z) + 0) * s``, the rounded quotient being a whole number that
    needs no conversion to an integer and back; the sum with 0 turns a negative zero into the zero that the code 0
    decodes to. Float8: x / s rounded to the format by adding and subtracting a power of two (`round8`), times s.
-   x and s are of any precision; the product is float32. NaN becomes 0 (float8: stays NaN); the caller is told.
+   x and s are of any precision; the product is float32. A run of one scale may divide by multiplying (`division.pxd`).
+   NaN becomes 0 (float8: stays NaN); the caller is told.
 c) Backward. Gradients of scales are float64 sums of the float32 products ``dy * d``, in one order: element i of
    a run is added to lane i mod 32; the upper half of the lanes is added to the lower one until one is left; the runs of
    a scale are added in the order of memory. Where each element of a run has a scale of its own, so has its sum.
@@ -17,8 +18,11 @@ from libc.math cimport fabs, fabsf, rint, rintf
 from libc.stdint cimport int32_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
+from qnative._core.division cimport divided, divides_by_multiplying
 from qnative._core.floats cimport Format, decode_table, format_of
-from qnative._core.levels cimport AVX2, AVX512, at_avx2, at_avx512, at_baseline, chosen_level, inlined
+from qnative._core.levels cimport (
+    AVX2, AVX512, SPAN, at_avx2, at_avx512, at_baseline, chosen_level, fetch, inlined, own_floats,
+)
 from qnative._core.walk cimport Walk, check_sizes, new_walk, next_run
 
 ctypedef fused real:
@@ -102,6 +106,16 @@ cdef inlined decoded(float x, float s, float low, float high, float *result) noe
     result[0] = (t + <float>0) * s
 
 
+cdef inlined decoded_fused(float x, float s, float reciprocal, float least, float most, float *result) noexcept nogil:
+    """The same for a scale that divides by multiplying: clamped before, to what the ends decode to."""
+    cdef float t
+    x = x if x == x else 0
+    x = least if x < least else x
+    x = most if x > most else x
+    divided(x, s, reciprocal, True, &t)
+    result[0] = (rintf(t) + <float>0) * s
+
+
 cdef inlined decoded_wide(double x, double s, double low, double high, float *result) noexcept nogil:
     cdef double t = rint(x / s)
     t = t if t == t else 0
@@ -145,10 +159,11 @@ cdef inlined slope8(float x, float dy, float s, Float8 f, float *dx, float *d, f
 # Runs. What is constant at the call (is8, each, zeros, kind) is gone once inlined.
 
 cdef inlined forward_run(
-    const float *x, float *out, Py_ssize_t n, const float *s, const int32_t *z, const Task *t, bint is8, bint each,
-    bint zeros, uint32_t *top
+    const float *x, own_floats out, Py_ssize_t n, const float *s, const int32_t *z, const Task *t, bint is8, bint each,
+    bint zeros, bint by_multiplying, uint32_t *top
 ) noexcept nogil:
     cdef Py_ssize_t i
+    cdef float reciprocal = <float>1 / s[0]
     cdef Float8 f = t.format
     cdef int32_t low = t.low, high = t.high
     cdef float scale = s[0], lo = <float>(low - z[0]), hi = <float>(high - z[0]), y
@@ -164,6 +179,8 @@ cdef inlined forward_run(
         if is8:
             round8(x[i] / scale, f, &y)
             out[i] = y * scale
+        elif by_multiplying:
+            decoded_fused(x[i], scale, reciprocal, lo * scale, hi * scale, &out[i])
         else:
             decoded(x[i], scale, lo, hi, &out[i])
     top[0] = largest
@@ -215,7 +232,20 @@ cdef inline double total(double *lanes) noexcept nogil:
 
 # A pass: the walk over the runs
 
-cdef inlined sweep(Task *t, bint is8, Pass kind) noexcept nogil:
+cdef inlined forward_spans(
+    const float *x, float *out, Py_ssize_t n, const float *s, const int32_t *z, const Task *t, bint is8, bint each,
+    bint zeros, bint by_multiplying, uint32_t *top
+) noexcept nogil:
+    cdef Py_ssize_t i = 0, j, count
+    while i < n:
+        j, count = i if each else 0, min(n - i, <Py_ssize_t>SPAN)
+        fetch(x + i, count * 4)
+        forward_run(x + i, out + i, count, s + j, z + j, t, is8, each, zeros, by_multiplying, top)
+        i += count
+
+
+cdef inlined sweep(Task *t, bint is8, Pass kind, bint fused) noexcept nogil:
+    """`fused`: whether there are fused multiply-adds."""
     cdef Walk w = t.walk
     cdef Py_ssize_t j
     cdef double sums[LANES]
@@ -231,12 +261,14 @@ cdef inlined sweep(Task *t, bint is8, Pass kind) noexcept nogil:
     while next_run(&w):
         x, out, s, z = &t.x[w.start], &t.out[w.start], &t.scale[w.scale], &t.zero[w.scale]
         if kind == FORWARD:
-            if not w.step:
-                forward_run(x, out, w.count, s, z, t, is8, False, False, &top)
+            if not w.step and fused and not is8 and divides_by_multiplying(s[0]):
+                forward_spans(x, out, w.count, s, z, t, is8, False, False, True, &top)
+            elif not w.step:
+                forward_spans(x, out, w.count, s, z, t, is8, False, False, False, &top)
             elif t.one_zero:
-                forward_run(x, out, w.count, s, z, t, is8, True, False, &top)
+                forward_spans(x, out, w.count, s, z, t, is8, True, False, False, &top)
             else:
-                forward_run(x, out, w.count, s, z, t, is8, True, True, &top)
+                forward_spans(x, out, w.count, s, z, t, is8, True, True, False, &top)
             continue
         dy = &t.dy[w.start]
         ds = dz = NULL
@@ -284,38 +316,38 @@ cdef inlined sweep_wide(Task *t) noexcept nogil:
     t.nonfinite = nonfinite
 
 
-cdef inlined work(Task *t) noexcept nogil:
+cdef inlined work(Task *t, bint fused) noexcept nogil:
     if t.kind == FORWARD_WIDE:
         sweep_wide(t)
     elif t.kind == FORWARD:
         if t.is8:
-            sweep(t, True, FORWARD)
+            sweep(t, True, FORWARD, fused)
         else:
-            sweep(t, False, FORWARD)
+            sweep(t, False, FORWARD, fused)
     elif t.kind == DX:
         if t.is8:
-            sweep(t, True, DX)
+            sweep(t, True, DX, fused)
         else:
-            sweep(t, False, DX)
+            sweep(t, False, DX, fused)
     elif t.kind == DX_DS:
         if t.is8:
-            sweep(t, True, DX_DS)
+            sweep(t, True, DX_DS, fused)
         else:
-            sweep(t, False, DX_DS)
+            sweep(t, False, DX_DS, fused)
     else:
-        sweep(t, False, DX_DS_DZ)
+        sweep(t, False, DX_DS_DZ, fused)
 
 
 cdef at_baseline work_baseline(Task *t) noexcept nogil:
-    work(t)
+    work(t, False)
 
 
 cdef at_avx2 work_avx2(Task *t) noexcept nogil:
-    work(t)
+    work(t, True)
 
 
 cdef at_avx512 work_avx512(Task *t) noexcept nogil:
-    work(t)
+    work(t, True)
 
 
 cdef void run(Task *t) noexcept nogil:

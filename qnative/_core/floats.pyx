@@ -9,7 +9,7 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t
 from libc.string cimport memcpy
 
 from qnative._core.levels cimport (
-    AVX2, AVX512, at_avx2, at_avx512, at_baseline, chosen_level, inlined, own_bytes, own_floats, own_words,
+    AVX2, AVX512, SPAN, at_avx2, at_avx512, at_baseline, chosen_level, fetch, inlined, own_bytes, own_floats, own_words,
 )
 from qnative._core.pieces cimport in_pieces
 
@@ -136,41 +136,55 @@ cdef Kind kind_of(const Format *f) noexcept:
 
 
 cdef inlined encode_bytes(const real *x, own_bytes out, Py_ssize_t n, Encoder e, bint unsigned_zero) noexcept nogil:
-    cdef Py_ssize_t i
+    cdef Py_ssize_t i, begin = 0
     cdef uint32_t code
     cdef float value
-    for i in range(n):
-        if real is float:
-            value = x[i]
-        else:
-            to_odd(x[i], &value)
-        encode_float(value, e, unsigned_zero, False, False, False, &code)
-        out[i] = <uint8_t>code
+    while begin < n:
+        fetch(x + begin, SPAN * sizeof(real))
+        for i in range(begin, min(begin + <Py_ssize_t>SPAN, n)):
+            if real is float:
+                value = x[i]
+            else:
+                to_odd(x[i], &value)
+            encode_float(value, e, unsigned_zero, False, False, False, &code)
+            out[i] = <uint8_t>code
+        begin += SPAN
 
 
 cdef inlined encode_words(const real *x, own_words out, Py_ssize_t n, Encoder e, bint bfloat) noexcept nogil:
-    cdef Py_ssize_t i
+    cdef Py_ssize_t i, begin = 0
     cdef uint32_t code
     cdef float value
-    for i in range(n):
-        if real is float:
-            value = x[i]
-        else:
-            to_odd(x[i], &value)
-        encode_float(value, e, False, not bfloat, bfloat, False, &code)
-        out[i] = <uint16_t>code
+    while begin < n:
+        fetch(x + begin, SPAN * sizeof(real))
+        for i in range(begin, min(begin + <Py_ssize_t>SPAN, n)):
+            if real is float:
+                value = x[i]
+            else:
+                to_odd(x[i], &value)
+            encode_float(value, e, False, not bfloat, bfloat, False, &code)
+            out[i] = <uint16_t>code
+        begin += SPAN
 
 
 cdef inlined decode_bytes(const uint8_t *codes, own_floats out, Py_ssize_t n, Decoder d, bint unsigned_zero) noexcept nogil:
-    cdef Py_ssize_t i
-    for i in range(n):
-        decode_code(codes[i], d, unsigned_zero, False, False, &out[i])
+    cdef Py_ssize_t i, begin = 0
+    while begin < n:
+        fetch(codes + begin, SPAN * sizeof(codes[0]))
+        fetch(out + begin, SPAN * 4)
+        for i in range(begin, min(begin + <Py_ssize_t>SPAN, n)):
+            decode_code(codes[i], d, unsigned_zero, False, False, &out[i])
+        begin += SPAN
 
 
 cdef inlined decode_words(const uint16_t *codes, own_floats out, Py_ssize_t n, Decoder d, bint bfloat) noexcept nogil:
-    cdef Py_ssize_t i
-    for i in range(n):
-        decode_code(codes[i], d, False, not bfloat, bfloat, &out[i])
+    cdef Py_ssize_t i, begin = 0
+    while begin < n:
+        fetch(codes + begin, SPAN * sizeof(codes[0]))
+        fetch(out + begin, SPAN * 4)
+        for i in range(begin, min(begin + <Py_ssize_t>SPAN, n)):
+            decode_code(codes[i], d, False, not bfloat, bfloat, &out[i])
+        begin += SPAN
 
 
 cdef void work_wide(const Task *t, Py_ssize_t i, Py_ssize_t n) noexcept nogil:

@@ -15,6 +15,9 @@ has fused multiply-adds (`fmaf`, where a loop asks for it): a loop that uses the
 
 The pointers named below are for what shares no memory with what else a function is given, so that the compiler need not
 look.
+
+A loop over a long array goes by spans and begins each with `fetch`, which asks for what lies half a page ahead: the
+hardware's own look ahead stops at the end of every page. A prefetch within a loop would keep it from being vectorized.
 """
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t
@@ -45,6 +48,15 @@ cdef extern from *:
     typedef uint8_t *QN_RESTRICT qn_own_bytes;
     typedef uint16_t *QN_RESTRICT qn_own_words;
     typedef uint32_t *QN_RESTRICT qn_own_lanes;
+    static QN_INLINED void qn_fetch(const void *p, size_t bytes) {
+    #if defined(__GNUC__) || defined(__clang__)
+        const uintptr_t ahead = (uintptr_t)p + 2048;
+        for (size_t i = 0; i < bytes; i += 64)
+            __builtin_prefetch((const void *)(ahead + i)); /* which may lie beyond the array: nothing is accessed */
+    #else
+        (void)p, (void)bytes;
+    #endif
+    }
     """
     ctypedef void inlined "QN_INLINED void"
     ctypedef void at_baseline "void"
@@ -54,10 +66,14 @@ cdef extern from *:
     ctypedef uint8_t *own_bytes "qn_own_bytes"
     ctypedef uint16_t *own_words "qn_own_words"
     ctypedef uint32_t *own_lanes "qn_own_lanes"
+    void fetch "qn_fetch"(const void *p, size_t size) noexcept nogil
 
 cdef enum:
     BASELINE
     AVX2
     AVX512
+
+cdef enum:
+    SPAN = 256  # elements between two calls of `fetch`
 
 cdef int chosen_level() noexcept nogil

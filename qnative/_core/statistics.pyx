@@ -9,7 +9,7 @@ from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
-from qnative._core.levels cimport AVX2, AVX512, at_avx2, at_avx512, at_baseline, chosen_level, inlined
+from qnative._core.levels cimport AVX2, AVX512, SPAN, at_avx2, at_avx512, at_baseline, chosen_level, fetch, inlined
 from qnative._core.pieces cimport PIECE, PyErr_CheckSignals, in_pieces, pool_limit, qn_atomic, qn_atomic_add, qn_atomic_get
 from qnative._core.walk cimport Walk, new_walk, next_run, part, rows_share
 
@@ -47,27 +47,42 @@ cdef struct Ranges:
     qn_atomic nonfinite
 
 
+cdef inlined widen(key bits, key *low, key *high) noexcept nogil:
+    cdef key v
+    ordered(bits, &v)
+    low[0] = v if v < low[0] else low[0]
+    high[0] = v if v > high[0] else high[0]
+
+
 cdef inlined range_of_run(const key *x, Py_ssize_t n, key *low, key *high) noexcept nogil:
-    cdef key lo = low[0], hi = high[0], v
-    cdef Py_ssize_t i
-    for i in range(n):
-        ordered(x[i], &v)
-        lo = v if v < lo else lo
-        hi = v if v > hi else hi
+    cdef key lo = low[0], hi = high[0]
+    cdef Py_ssize_t i, begin = 0, end
+    while begin < n:
+        end = min(begin + <Py_ssize_t>SPAN, n)
+        fetch(x + begin, (end - begin) * sizeof(key))
+        for i in range(begin, end):
+            widen(x[i], &lo, &hi)
+        begin = end
     low[0], high[0] = lo, hi
 
 
 cdef inlined ranges_of_rows(const key *x, Py_ssize_t n, Py_ssize_t stride, Py_ssize_t rows, key *low, key *high) noexcept nogil:
-    """Of each column; `rows` is a constant, so that a column's ends are read and written once for them all."""
-    cdef Py_ssize_t i, r
-    cdef key lo, hi, v
-    for i in range(n):
-        lo, hi = low[i], high[i]
+    """Of each column; `rows` is a constant, 1 or 4, so that a column's ends are read and written once for them all."""
+    cdef Py_ssize_t i, r, begin = 0, end
+    cdef key lo, hi
+    while begin < n:
+        end = min(begin + <Py_ssize_t>(SPAN // 2), n)
         for r in range(rows):
-            ordered(x[r * stride + i], &v)
-            lo = v if v < lo else lo
-            hi = v if v > hi else hi
-        low[i], high[i] = lo, hi
+            fetch(x + r * stride + begin, (end - begin) * sizeof(key))
+        for i in range(begin, end):
+            lo, hi = low[i], high[i]
+            widen(x[i], &lo, &hi)
+            if rows == 4:  # written out: only -O3 would unroll a loop over them, without which nothing is vectorized
+                widen(x[stride + i], &lo, &hi)
+                widen(x[2 * stride + i], &lo, &hi)
+                widen(x[3 * stride + i], &lo, &hi)
+            low[i], high[i] = lo, hi
+        begin = end
 
 
 cdef inlined range_pass(
@@ -343,6 +358,7 @@ cdef void count_values(
     cdef int blocks = 0
     while i < n:
         size = min(n - i, <Py_ssize_t>BLOCK)
+        fetch(x + i, size * sizeof(real))
         find_slots(x + i, size, b, slots)
         i += size
         if n <= FEW:
