@@ -203,9 +203,7 @@ def int4_contender(problem: Problem, config: QuantConfig, threads: int = 1) -> C
     inputs = ("x", "w", "s", "z", "", "b")
     settings = {"K": k, "N": n, "bits": 4, "block_size": size, "accuracy_level": 4}
     operator = ("MatMulNBits", "com.microsoft")
-    call = bound_session(
-        operator, inputs, constants, problem.x, np.float32, (len(problem.x), n), threads, **settings
-    )
+    call = bound_session(operator, inputs, constants, problem.x, np.float32, (len(problem.x), n), threads, **settings)
     product = problem.x @ q.dequantize().T + problem.bias
     error = float(np.linalg.norm(call.result() - product) / np.linalg.norm(product))
     if not error < 0.03:
