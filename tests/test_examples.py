@@ -271,7 +271,7 @@ def test_formats_that_store_more_and_are_worse_are_failures(minilm_formats: Modu
 def test_formats_of_a_few_sentences(
     minilm_formats: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A few formats, twelve sentences: sizes as they must be, and nothing further from float32 than what stores less."""
+    """A few formats, twelve sentences: sizes as they must be, and none further from float32 than what stores less."""
     chosen = [f for f in minilm_formats.formats((32,)) if "float16" in f[0] or "int8" in f[0]]
     monkeypatch.setattr(minilm_formats, "GROUPS", (32,))
     monkeypatch.setattr(minilm_formats, "formats", lambda groups: iter(chosen))
