@@ -110,7 +110,7 @@ def test_packed_form_takes_the_bits_it_claims(size: int, symmetric: bool, scale_
     assert layer.nbytes * 8 == bits * w.size
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.integers(0, 1000), st.integers(1, 50), st.integers(1, 700), st.sampled_from((None, 1, 8, 12, 32, 100, 200)))
 def test_nibbles_are_packed_whatever_pads_their_rows(seed: int, n: int, k: int, size: int | None) -> None:
     """Every code, whole vectors of steps and the rest of them, groups that begin within a byte; rows end with noise."""
