@@ -211,7 +211,7 @@ def loading_case(k: int, n: int, config: qn.QuantConfig) -> Case:
 
     def read() -> None:
         with path.open("rb", buffering=0) as opened:
-            opened.readinto(file)
+            opened.readinto(file.data)
 
     operations = float(problem.weight.size)
     contenders = [
