@@ -24,11 +24,12 @@ EXTRA = import sys, tomllib; \
     print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"][sys.argv[1]], sep="\n")
 
 .NOTPARALLEL:
-.PHONY: help demo static qat test stream exhaustive emulate fuzz crash sanitize soak bench bench-peers lint warnings wheel clean
+.PHONY: help demo static formats qat test stream exhaustive emulate fuzz crash sanitize soak bench bench-peers lint warnings wheel clean
 
 help:
 	@echo "make demo      quantize a real sentence encoder, print how it does, draw a picture"
 	@echo "make static    the encoder with static activations: every method of calibration on sentences it has not seen"
+	@echo "make formats   the encoder by weight format: int8, int4 by group size, zero points and scales, fp8"
 	@echo "make qat       train a small network on real digits, quantize it, print how it does, draw its scales"
 	@echo "make test      run the tests                  (ARGS= goes to pytest)"
 	@echo "make stream    send a billion values through each observer, in constant memory"
@@ -50,6 +51,9 @@ demo: $(BUILT) $(VENV)/.stamp-demo $(VENV)/.stamp-model
 
 static: $(BUILT) $(VENV)/.stamp-demo $(VENV)/.stamp-model
 	$(BIN)/python examples/minilm_static.py $(ARGS)
+
+formats: $(BUILT) $(VENV)/.stamp-demo $(VENV)/.stamp-model
+	$(BIN)/python examples/minilm_formats.py $(ARGS)
 
 qat: $(BUILT) $(VENV)/.stamp-qat-demo
 	$(BIN)/python examples/qat_digits.py --picture $(QAT_PICTURE) $(ARGS)

@@ -6,12 +6,14 @@ float32 in, float32 out, with a bias; activations are quantized row by row withi
 from __future__ import annotations
 
 import contextlib
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -194,6 +196,30 @@ def packing_case(k: int, n: int) -> Case:
         *read_limits(weight.reshape(-1).view(np.uint8), operations),
     ]
     return Case(f"{k},{n}", check_made, contenders)
+
+
+def loading_case(k: int, n: int, config: qn.QuantConfig) -> Case:
+    """Return making a layer from a saved model, and merely reading its file; operations are weights."""
+    problem = Problem.random(1, k, n)
+    folder = tempfile.TemporaryDirectory()
+    path = Path(folder.name) / "layer.safetensors"
+    qn.quantize_model({"layer.weight": problem.weight, "layer.bias": problem.bias}, config).save(path)
+    file = np.empty(path.stat().st_size, np.uint8)
+
+    def load() -> qn.QuantizedLinear:
+        return cast(qn.QuantizedLinear, qn.QuantizedModel.load(Path(folder.name) / path.name)["layer"])
+
+    def read() -> None:
+        with path.open("rb", buffering=0) as opened:
+            opened.readinto(file.data)
+
+    operations = float(problem.weight.size)
+    contenders = [
+        Contender(OURS, load, operations, "ours"),
+        Contender("file into memory", read, operations, "plain read"),
+        *read_limits(file, operations),
+    ]
+    return Case(f"{k},{n}, {config.dtype}", lambda: check(load(), problem), contenders)
 
 
 def check(layer: qn.QuantizedLinear, problem: Problem, isas: Sequence[str | None] = (None,)) -> None:

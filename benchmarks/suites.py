@@ -163,10 +163,12 @@ def install(short: bool) -> Iterator[Table]:
 
 
 def packing(short: bool) -> Iterator[Table]:
-    """S10: a layer made from float32 weights, against reading them."""
-    size = 1024 if short else 4096
-    (outcome,) = timed([linear.packing_case(size, size)], 0.3 if short else 3.0)
+    """S10: a layer made from float32 weights, against reading them; one loaded from a file, against reading that."""
+    size, seconds = (1024, 0.3) if short else (4096, 3.0)
+    (outcome,) = timed([linear.packing_case(size, size)], seconds)
     yield Table("packing", [outcome], [*targets.of_packing(outcome)], "G weights/s")
+    loads = (linear.loading_case(size, size, config) for config in (linear.INT8, linear.INT4))
+    yield Table("loading", timed(loads, seconds), unit="G weights/s")
 
 
 def int4(short: bool) -> Iterator[Table]:

@@ -29,7 +29,6 @@ from qnative import report
 ACTIVATIONS = ("dynamic", "float")
 #: None: the whole channel.
 GROUPS = (None, 128, 64, 32, 16)
-SHORT_GROUPS = (None, 32)
 #: How much less the mean SQNR of the layers may be, in dB, where more is stored: what chance does to two close formats.
 SLACK = 0.1
 
@@ -62,11 +61,10 @@ def run(short: bool, as_json: bool, scratch: Path) -> int:
     recorder = Recorder(scratch / "inputs", qn.Calibrator())
     record_all(subject.encoder, [(work, recorder)])
     inputs = recorder.inputs()
-    groups = SHORT_GROUPS if short else GROUPS
 
     candidates: dict[str, dict[str, Linear]] = {}
     sizes: dict[str, dict[str, float]] = {}
-    for title, config in formats(groups):
+    for title, config in formats(GROUPS):
         weights = {name: qn.quantize_tensor(subject.tensors[f"{name}.weight"], config) for name in inputs}
         stored, numbers = sum(w.nbytes for w in weights.values()), sum(w.numel for w in weights.values())
         sizes[title] = {"bits_a_weight": 8 * stored / numbers, "nbytes": stored}
@@ -79,7 +77,7 @@ def run(short: bool, as_json: bool, scratch: Path) -> int:
 
     figures = {"judged_on": len(subject.tokens), "layers": len(inputs), "formats": rows}
     print(json.dumps(figures, indent=1) if as_json else described(figures))
-    failed = failures(rows, groups)
+    failed = failures(rows, GROUPS)
     for line in failed:
         note(line)
     return 1 if failed else 0

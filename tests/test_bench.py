@@ -520,6 +520,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
         yield suites.Table("kernels", [found], [*targets.against_avx2([found])])
         (found,) = suites.timed([linear.packing_case(64, 48)], 0.0, 2)
         yield suites.Table("packing", [found], [*targets.of_packing(found)], "G weights/s")
+        loads = suites.timed((linear.loading_case(64, 48, config) for config in (linear.INT8, linear.INT4)), 0.0, 2)
+        yield suites.Table("loading", loads, unit="G weights/s")
 
     monkeypatch.setattr(command, "SUITES", {"int8": layers, "rows": layers, "odd": odd})
 
@@ -535,7 +537,7 @@ def test_document_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     about = document["machine"]
     assert about["kernel"] == qn.isa() and about["cpus_obtained"] > 0 and isinstance(about["versions"], dict)
     assert [(r["suite"], r["title"]) for r in document["results"]] == [
-        ("int8", "one thread"), ("rows", "one thread"), ("odd", "kernels"), ("odd", "packing"),
+        ("int8", "one thread"), ("rows", "one thread"), ("odd", "kernels"), ("odd", "packing"), ("odd", "loading"),
     ]  # fmt: skip
     for result in document["results"]:
         for case in result["cases"]:

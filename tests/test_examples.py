@@ -241,3 +241,55 @@ def test_short_form_of_the_training(tmp_path: Path) -> None:
     assert len(found) == 1 and set(found[0]) == {"float32"} | quantized
     assert all(value > 90 for key, value in found[0].items() if key != "W2A4 PTQ")
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 20_000
+
+
+@pytest.fixture
+def minilm_formats(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    return load("minilm_formats")
+
+
+def test_formats_that_store_more_and_are_worse_are_failures(minilm_formats: ModuleType) -> None:
+    groups = (None, 32)
+    titles = [title for title, _ in minilm_formats.formats(groups)]
+    assert len(titles) == len(set(titles)) == 1 + 2 * 4 + 2
+    rows = {title: {how: {"mean_sqnr": 20.0} for how in ("dynamic", "float")} for title in titles}
+    assert minilm_formats.failures(rows, groups) == []
+
+    def failed(title: str, how: str, sqnr: float) -> int:
+        changed = {**rows, title: {**rows[title], how: {"mean_sqnr": sqnr}}}
+        return len(minilm_formats.failures(changed, groups))
+
+    assert (
+        failed("int4 groups of 32, asymmetric, float16 scales", "dynamic", 19.0) == 2
+    )  # than per channel, than symmetric
+    assert failed("int8 per channel", "float", 19.0) == 1 and failed("int8 per channel", "dynamic", 19.0) == 0
+    assert failed("int8 per channel", "float", math.nan) == 1
+
+
+@needs_model
+def test_formats_of_a_few_sentences(
+    minilm_formats: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A few formats, twelve sentences: sizes as they must be, and none further from float32 than what stores less."""
+    chosen = [f for f in minilm_formats.formats((32,)) if "float16" in f[0] or "int8" in f[0]]
+    monkeypatch.setattr(minilm_formats, "GROUPS", (32,))
+    monkeypatch.setattr(minilm_formats, "formats", lambda groups: iter(chosen))
+    monkeypatch.setattr(minilm_formats, "failures", lambda rows, groups: [])  # judged here
+    whole = minilm_formats.Subject.load(True)
+    few = type(whole)(whole.encoder, whole.tensors, whole.tokens[:12])
+    monkeypatch.setattr(minilm_formats.Subject, "load", lambda short: few)
+    assert minilm_formats.main(["--short", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    rows = found["formats"]
+    assert (found["judged_on"], found["layers"], len(rows)) == (12, 36, 3)
+    symmetric, asymmetric = (
+        rows["int4 groups of 32, symmetric, float16 scales"],
+        rows["int4 groups of 32, asymmetric, float16 scales"],
+    )
+    assert symmetric["bits_a_weight"] == pytest.approx(4.5, abs=1e-3)
+    assert asymmetric["bits_a_weight"] == pytest.approx(4.75, abs=1e-3)
+    by_quality = [symmetric, asymmetric, rows["int8 per channel"]]
+    for how in ("dynamic", "float"):
+        sqnr = [row[how]["mean_sqnr"] for row in by_quality]
+        assert sqnr == sorted(sqnr) and sqnr[0] > 20 and sqnr[-1] > 36

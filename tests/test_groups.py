@@ -109,3 +109,20 @@ def test_packed_form_takes_the_bits_it_claims(size: int, symmetric: bool, scale_
     _, w, _ = data(0, 1, 4096, 32, "normal")
     layer = qn.QuantizedLinear.from_float(w, None, config_of("int4", size, symmetric, scale_dtype))
     assert layer.nbytes * 8 == bits * w.size
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 1000), st.integers(1, 50), st.integers(1, 700), st.sampled_from((None, 1, 8, 12, 32, 100, 200)))
+def test_nibbles_are_packed_whatever_pads_their_rows(seed: int, n: int, k: int, size: int | None) -> None:
+    """Every code, whole vectors of steps and the rest of them, groups that begin within a byte; rows end with noise."""
+    config = (qn.QuantConfig.int4_per_group(size) if size else qn.QuantConfig.int4_per_channel()).asymmetric()
+    rng = np.random.default_rng([seed, n, k])
+    q = qn.quantize_tensor(rng.standard_normal((n, k)).astype(np.float32), config)
+    words = rng.integers(0, 2**32, q.data.shape, np.uint32)
+    noisy = qn.QuantizedTensor(words.view(np.int32), q.scale_data, q.zero_point, q.shape, q.dtype, config)
+    codes = (words[..., None] >> (4 * np.arange(8, dtype=np.uint32)) & 15).reshape(n, -1)[:, :k].astype(np.int8) - 8
+    layer = qn.QuantizedLinear.from_tensor(noisy)
+    ref.assert_same_bits(layer.weight_quantized().codes, codes.astype(np.int8))
+    ref.assert_same_bits(layer.weight_quantized().zero_point, q.zero_point)
+    x = rng.standard_normal((3, k)).astype(np.float32)
+    ref.assert_same_bits(layer(x), expected(layer, x))
