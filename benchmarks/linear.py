@@ -6,7 +6,6 @@ float32 in, float32 out, with a bias; activations are quantized row by row withi
 from __future__ import annotations
 
 import contextlib
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -198,16 +197,15 @@ def packing_case(k: int, n: int) -> Case:
     return Case(f"{k},{n}", check_made, contenders)
 
 
-def loading_case(k: int, n: int, config: qn.QuantConfig) -> Case:
-    """Return making a layer from a saved model, and merely reading its file; operations are weights."""
+def loading_case(k: int, n: int, config: qn.QuantConfig, folder: Path) -> Case:
+    """Return making a layer from a model saved into `folder`, and merely reading its file; operations are weights."""
     problem = Problem.random(1, k, n)
-    folder = tempfile.TemporaryDirectory()
-    path = Path(folder.name) / "layer.safetensors"
+    path = folder / f"{config.dtype}.safetensors"
     qn.quantize_model({"layer.weight": problem.weight, "layer.bias": problem.bias}, config).save(path)
     file = np.empty(path.stat().st_size, np.uint8)
 
     def load() -> qn.QuantizedLinear:
-        return cast(qn.QuantizedLinear, qn.QuantizedModel.load(Path(folder.name) / path.name)["layer"])
+        return cast(qn.QuantizedLinear, qn.QuantizedModel.load(path)["layer"])
 
     def read() -> None:
         with path.open("rb", buffering=0) as opened:

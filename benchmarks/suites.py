@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import qnative as qn
 from benchmarks import elementwise as elements
@@ -167,8 +169,9 @@ def packing(short: bool) -> Iterator[Table]:
     size, seconds = (1024, 0.3) if short else (4096, 3.0)
     (outcome,) = timed([linear.packing_case(size, size)], seconds)
     yield Table("packing", [outcome], [*targets.of_packing(outcome)], "G weights/s")
-    loads = (linear.loading_case(size, size, config) for config in (linear.INT8, linear.INT4))
-    yield Table("loading", timed(loads, seconds), unit="G weights/s")
+    with tempfile.TemporaryDirectory() as folder:
+        loads = (linear.loading_case(size, size, config, Path(folder)) for config in (linear.INT8, linear.INT4))
+        yield Table("loading", timed(loads, seconds), unit="G weights/s")
 
 
 def int4(short: bool) -> Iterator[Table]:

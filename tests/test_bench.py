@@ -507,7 +507,7 @@ def test_every_row_of_elements_is_checked_before_it_is_timed(name: str) -> None:
 
 
 @pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """One suite of two small layers and all kinds of tables, no time spent on them."""
 
     def layers(short: bool) -> Iterator[suites.Table]:
@@ -520,8 +520,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
         yield suites.Table("kernels", [found], [*targets.against_avx2([found])])
         (found,) = suites.timed([linear.packing_case(64, 48)], 0.0, 2)
         yield suites.Table("packing", [found], [*targets.of_packing(found)], "G weights/s")
-        loads = suites.timed((linear.loading_case(64, 48, config) for config in (linear.INT8, linear.INT4)), 0.0, 2)
-        yield suites.Table("loading", loads, unit="G weights/s")
+        cases = (linear.loading_case(64, 48, config, tmp_path) for config in (linear.INT8, linear.INT4))
+        yield suites.Table("loading", suites.timed(cases, 0.0, 2), unit="G weights/s")
 
     monkeypatch.setattr(command, "SUITES", {"int8": layers, "rows": layers, "odd": odd})
 
