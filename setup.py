@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy
 from Cython.Build import cythonize
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 # QNATIVE_DEBUG=1: bounds checks in Cython, no optimisation. QNATIVE_SANITIZE=1: address and undefined-behaviour checks.
 DEBUG = os.environ.get("QNATIVE_DEBUG") == "1"
@@ -47,7 +48,7 @@ else:
     ]
     if platform.machine() in ("x86_64", "AMD64"):
         compile_args.append("-march=x86-64-v2")  # the floor every wheel runs on; faster kernels are chosen at import
-    compile_args.append("-pthread")
+    compile_args += ["-pthread", "-fvisibility=hidden"]  # what a module exports is its init function, and that says so
     link_args, libraries = ["-pthread"], ["m"]
     if not (DEBUG or SANITIZE) and sys.platform.startswith("linux"):
         # Names that nobody looks up are a tenth of a wheel; pages of their own for constants are 4 KiB a module.
@@ -64,6 +65,27 @@ else:
 
 # All that loops gain from -O3; the rest of it makes the code around them longer.
 VECTORS = [] if DEBUG or sys.platform == "win32" else ["-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic"]
+
+
+class BuildExtensions(build_ext):
+    """Where the loops are in C files of their own (`sources` of an extension), what Cython generates is compiled for size."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Compile and link an extension."""
+        plain = getattr(self.compiler, "_compile", None)
+        if plain is None or len(ext.sources) == 1 or DEBUG or SANITIZE:
+            return super().build_extension(ext)
+
+        def compile_one(target, source, suffix, cc_args, arguments, options):
+            if Path(source).stem == ext.name.rpartition(".")[2]:
+                arguments = [*arguments, "-Os"]
+            plain(target, source, suffix, cc_args, arguments, options)
+
+        self.compiler._compile = compile_one
+        try:
+            super().build_extension(ext)
+        finally:
+            self.compiler._compile = plain
 
 
 def extension(name: str, *sources: str, small: bool = False, optimise: list[str] | None = None) -> Extension:
@@ -95,6 +117,7 @@ def shared_utilities() -> Extension:
 
 
 setup(
+    cmdclass={"build_ext": BuildExtensions},
     ext_modules=cythonize(
         [
             shared_utilities(),
@@ -102,7 +125,7 @@ setup(
             extension("fake_quant", optimise=VECTORS),
             extension("floats", optimise=VECTORS),
             extension("levels", small=True),
-            extension("linear", *C_SOURCES, optimise=VECTORS),
+            extension("linear", *C_SOURCES, optimise=[] if DEBUG or sys.platform == "win32" else ["-O2"]),
             extension("limits", "csrc/qn_limits.c", optimise=VECTORS),
             extension("qnative_threads", "csrc/qn_pool.c", small=True),
             extension("statistics", optimise=VECTORS),
@@ -117,5 +140,5 @@ setup(
             "cdivision": True,
             "freethreading_compatible": True,
         },
-    )
+    ),
 )

@@ -538,11 +538,16 @@ class Inline(concurrent.futures.Executor):
         self.most = max(self.most, self.open)
 
         class Lazy(concurrent.futures.Future[Any]):
+            begun = False
+
             def result(self, timeout: float | None = None) -> Any:
+                self.begun = True
                 outer.open -= 1
                 return fn(*args, **kwargs)
 
             def cancel(self) -> bool:
+                if self.begun:
+                    return False
                 outer.open -= 1
                 outer.cancelled += 1
                 return True
