@@ -68,7 +68,7 @@ VECTORS = [] if DEBUG or sys.platform == "win32" else ["-O2", "-ftree-vectorize"
 
 
 class BuildExtensions(build_ext):
-    """Where the loops are in C files of their own (`sources` of an extension), what Cython generates is compiled for size."""
+    """Where the loops are in C files of their own, what Cython generates is compiled for size."""
 
     def build_extension(self, ext: Extension) -> None:
         """Compile and link an extension."""
