@@ -48,7 +48,7 @@ else:
     ]
     if platform.machine() in ("x86_64", "AMD64"):
         compile_args.append("-march=x86-64-v2")  # the floor every wheel runs on; faster kernels are chosen at import
-    compile_args += ["-pthread", "-fvisibility=hidden"]  # a module exports its init function
+    compile_args.append("-pthread")
     link_args, libraries = ["-pthread"], ["m"]
     if not (DEBUG or SANITIZE) and sys.platform.startswith("linux"):
         # Names that nobody looks up are a tenth of a wheel; pages of their own for constants are 4 KiB a module.
