@@ -23,18 +23,7 @@
 #define QN_DIRECT_WIDE_ROWS 6
 #include "qn_float.h"
 
-void qn_avx512_tile_float(int rows, int panels, int64_t k, const float *a, const float *b, float *acc) {
-    tile_float(rows, panels, k, a, b, acc);
-}
-
-void qn_avx512_float_direct(const qn_call *c, const qn_rows *rows, int64_t row, int count, int64_t panel, int panels, float *out) {
-    float_direct(c, rows, row, count, panel, panels, out);
-}
-
-void qn_avx512_decode(const qn_weights *w, const uint8_t *panel, int64_t g, int64_t k0, int64_t k, int scaled, float *out,
-                    int64_t stride) {
-    decode(w, panel, g, k0, k, scaled, out, stride);
-}
+QN_DEFINE_FLOAT_PRODUCTS(avx512)
 
 #ifdef __clang__
 #pragma clang attribute pop

@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not config.getoption("--slow"):
         for item in items:
             if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="minutes long; make exhaustive runs it"))
+                item.add_marker(pytest.mark.skip(reason="takes minutes, more than CI has: make exhaustive runs it"))
     _selected.update(item.nodeid for item in items if "isa" in getattr(item, "fixturenames", ()))
 
 
