@@ -181,20 +181,13 @@ static row_params params_of_range(const qn_call *c, float low, float high, int f
     return p;
 }
 
-/* Division by multiplication. With r = fl(1 / s), t = fl(x r) and e = fl(x - t s), q = fl(t + e r) is fl(x / s) but where
- * x / s lies within 2^-45 of itself from the middle between two floats (the error of t + e r before it is rounded: e is
- * (x / s - t) s but for a relative 2^-46 of x, r is 1 / s but for a relative 2^-24, and x / s - t is 2^-23 of x / s). A wrong q
- * matters only where it rounds to another integer: beside a tie h = H / 2, H odd and below 2^9, at m = h +- half of h's last
- * place. With x = X 2^c and s = S 2^b, X and S of 24 bits, x / s - m is D / S times a power of two, D = X 2^c' - (H 2^j +- 1) S
- * with the product in 2^47..2^49, so c' >= 23 and j >= 16, and D is -+S modulo 2^16. Where S is at least 64 away from every
- * multiple of 2^16, |D| is at least 64, and x / s at least 2^-43 of itself away from m: then the codes are those of the true
- * division. Other scales (powers of two are the only ones that are not rare), and those where something might be subnormal
- * or overflow, are divided by. */
+/* Division by multiplication: with r = fl(1 / s), t = fl(x r) and e = fl(x - t s), fl(t + e r) is fl(x / s), as long as nothing
+ * is subnormal or overflows; tests/division.c says why, and has tried every s. (That is Markstein's step, IBM Journal of
+ * Research and Development 34, 1990, from a t that need not be one of the two nearest floats.) Where x / s is so small that e is
+ * subnormal, the code is the zero point whatever the last places are. */
 static int divides_by_multiplying(float scale) {
 #ifdef QN_FMA
-    uint32_t bits;
-    memcpy(&bits, &scale, 4);
-    return scale >= 0x1p-100f && scale <= 0x1p100f && (bits + 64) % 0x10000 >= 128;
+    return scale >= 0x1p-100f && scale <= 0x1p100f;
 #else
     (void)scale;
     return 0;
