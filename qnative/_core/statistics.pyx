@@ -21,6 +21,9 @@ ctypedef fused key:
     int32_t
     int64_t
 
+cdef enum:
+    SIDE_BY_SIDE = 16  # ends of a run that are put together when it is over
+
 cdef int32_t INF32 = 0x7F800000
 cdef int64_t INF64 = <int64_t>0x7FF << 52
 
@@ -55,14 +58,27 @@ cdef inlined widen(key bits, key *low, key *high) noexcept nogil:
 
 
 cdef inlined range_of_run(const key *x, Py_ssize_t n, key *low, key *high) noexcept nogil:
-    cdef key lo = low[0], hi = high[0]
-    cdef Py_ssize_t i, begin = 0, end
-    while begin < n:
-        end = min(begin + <Py_ssize_t>SPAN, n)
-        fetch(x + begin, (end - begin) * sizeof(key))
-        for i in range(begin, end):
-            widen(x[i], &lo, &hi)
-        begin = end
+    cdef key lows[SIDE_BY_SIDE]
+    cdef key highs[SIDE_BY_SIDE]
+    cdef key lo = low[0], hi = high[0], a, b
+    cdef Py_ssize_t i = 0, j
+    if n >= 4 * SIDE_BY_SIDE:
+        for j in range(SIDE_BY_SIDE):
+            lows[j], highs[j] = lo, hi
+        while i + 4 * SIDE_BY_SIDE <= n:
+            fetch(x + i, 4 * SIDE_BY_SIDE * sizeof(key))
+            for j in range(SIDE_BY_SIDE):
+                a, b = lows[j], highs[j]
+                widen(x[i + j], &a, &b)  # written out: see below
+                widen(x[i + j + SIDE_BY_SIDE], &a, &b)
+                widen(x[i + j + 2 * SIDE_BY_SIDE], &a, &b)
+                widen(x[i + j + 3 * SIDE_BY_SIDE], &a, &b)
+                lows[j], highs[j] = a, b
+            i += 4 * SIDE_BY_SIDE
+        for j in range(SIDE_BY_SIDE):
+            lo, hi = min(lo, lows[j]), max(hi, highs[j])
+    for j in range(i, n):
+        widen(x[j], &lo, &hi)
     low[0], high[0] = lo, hi
 
 
