@@ -301,6 +301,7 @@ cdef inlined encode_batch(
         end = b.count if each else i + b.span
         while i < end:
             ask(x + i, b.ahead * 4, WIDE * 4)
+            ask(out + i, b.ahead, WIDE)
             rest, x_at, out_at = b.count - i, x + i, out + i
             if each and rest < WIDE:
                 memset(values, 0, sizeof(values))
