@@ -274,11 +274,11 @@ cdef enum:
     SPARE = 2 * SIDE      # where zeros are counted, in turns, and then what is not finite
     ZEROS = 16
     SLOTS = SPARE + ZEROS + 1
-    BLOCK = 512           # values whose bins are found before they are counted
+    BLOCK = 64            # values whose bins are found while those of the ones before are counted
     WORDS = 8
     CHUNK = 4 * WORDS     # bins looked at together for whether they are empty
-    FEW = 4096            # values for which counters of 16 bits do not pay
-    MANY = 65535 // BLOCK  # blocks after which such a counter might be full
+    FEW = 2048            # values for which counters of 16 bits do not pay
+    MANY = 65535 // BLOCK * BLOCK  # values after which such a counter might be full
 
 
 cdef struct Bins:
@@ -301,23 +301,86 @@ cdef inlined slots_of(const float *x, Py_ssize_t n, Bins b, uint16_t *slots) noe
         slots[i] = <uint16_t>slot
 
 
-cdef inlined slots_of_block(const float *x, Py_ssize_t n, Bins b, uint16_t *slots) noexcept nogil:
-    if n == BLOCK:
-        slots_of(x, BLOCK, b, slots)
-    else:
-        slots_of(x, n, b, slots)
+cdef inlined count_slots(const uint16_t *slots, uint16_t *few) noexcept nogil:
+    """Of a block."""
+    cdef Py_ssize_t k
+    cdef uint64_t four
+    for k in range(BLOCK // 4):  # loads and stores are what there are few of
+        memcpy(&four, &slots[4 * k], 8)
+        few[four & 0xFFFF] += 1
+        few[four >> 16 & 0xFFFF] += 1
+        few[four >> 32 & 0xFFFF] += 1
+        few[four >> 48] += 1
+
+
+cdef inlined spill(uint16_t *few, int64_t *counts, int64_t *zeros) noexcept nogil:
+    """Add small counters to the counts and clear them. Most bins are empty, most of the time."""
+    cdef Py_ssize_t i = 0, k
+    cdef uint64_t some[WORDS]
+    cdef uint64_t filled
+    while i < SPARE:
+        memcpy(some, few + i, sizeof(some))
+        filled = 0
+        for k in range(WORDS):
+            filled |= some[k]
+        if filled:
+            for k in range(CHUNK):
+                counts[i + k] += few[i + k]
+            memset(few + i, 0, sizeof(some))
+        i += CHUNK
+    for i in range(SPARE, SPARE + ZEROS):
+        zeros[0] += few[i]
+    memset(few + SPARE, 0, (SLOTS - SPARE) * sizeof(uint16_t))
+
+
+cdef inlined tally(const float *x, Py_ssize_t n, Bins b, uint16_t *few, int64_t *counts, int64_t *zeros) noexcept nogil:
+    """Count whole blocks, MANY values at most. The vectors of a block and the counters of the one before have little to do with each other."""
+    cdef uint16_t one[BLOCK]
+    cdef uint16_t other[BLOCK]
+    cdef Py_ssize_t i = 0
+    slots_of(x, BLOCK, b, one)
+    while i + 2 * BLOCK < n:
+        fetch(x + i, 2 * BLOCK * sizeof(float))
+        slots_of(x + i + BLOCK, BLOCK, b, other)
+        count_slots(one, few)
+        slots_of(x + i + 2 * BLOCK, BLOCK, b, one)
+        count_slots(other, few)
+        i += 2 * BLOCK
+    count_slots(one, few)
+    if i + BLOCK < n:
+        slots_of(x + i + BLOCK, BLOCK, b, other)
+        count_slots(other, few)
+    spill(few, counts, zeros)
+
+
+cdef at_baseline tally_baseline(
+    const float *x, Py_ssize_t n, Bins b, uint16_t *few, int64_t *counts, int64_t *zeros
+) noexcept nogil:
+    tally(x, n, b, few, counts, zeros)
+
+
+cdef at_avx2 tally_avx2(
+    const float *x, Py_ssize_t n, Bins b, uint16_t *few, int64_t *counts, int64_t *zeros
+) noexcept nogil:
+    tally(x, n, b, few, counts, zeros)
+
+
+cdef at_avx512 tally_avx512(
+    const float *x, Py_ssize_t n, Bins b, uint16_t *few, int64_t *counts, int64_t *zeros
+) noexcept nogil:
+    tally(x, n, b, few, counts, zeros)
 
 
 cdef at_baseline slots_baseline(const float *x, Py_ssize_t n, Bins b, uint16_t *slots) noexcept nogil:
-    slots_of_block(x, n, b, slots)
+    slots_of(x, n, b, slots)
 
 
 cdef at_avx2 slots_avx2(const float *x, Py_ssize_t n, Bins b, uint16_t *slots) noexcept nogil:
-    slots_of_block(x, n, b, slots)
+    slots_of(x, n, b, slots)
 
 
 cdef at_avx512 slots_avx512(const float *x, Py_ssize_t n, Bins b, uint16_t *slots) noexcept nogil:
-    slots_of_block(x, n, b, slots)
+    slots_of(x, n, b, slots)
 
 
 cdef void slots_wide(const double *x, Py_ssize_t n, Bins b, uint16_t *slots) noexcept nogil:
@@ -334,8 +397,7 @@ cdef void slots_wide(const double *x, Py_ssize_t n, Bins b, uint16_t *slots) noe
         slots[i] = <uint16_t>(slot if bits << 1 < <uint64_t>0x7FF << 53 else SPARE + ZEROS)
 
 
-cdef void find_slots(const real *x, Py_ssize_t n, Bins b, uint16_t *slots) noexcept nogil:
-    cdef int level = chosen_level()
+cdef void find_slots(const real *x, Py_ssize_t n, Bins b, uint16_t *slots, int level) noexcept nogil:
     if real is double:
         slots_wide(x, n, b, slots)
     elif level == AVX512:
@@ -346,58 +408,44 @@ cdef void find_slots(const real *x, Py_ssize_t n, Bins b, uint16_t *slots) noexc
         slots_baseline(x, n, b, slots)
 
 
-cdef void spill(uint16_t *few, int64_t *counts, int64_t *zeros) noexcept nogil:
-    """Add small counters to the counts and clear them. Most bins are empty, most of the time."""
-    cdef Py_ssize_t i = 0, k
-    cdef uint64_t some[WORDS]
-    cdef uint64_t filled
-    while i < SPARE:
-        memcpy(some, few + i, sizeof(some))
-        filled = 0
-        for k in range(WORDS):
-            filled |= some[k]
-        if filled:
-            for k in range(CHUNK):
-                counts[i + k] += few[i + k]
-        i += CHUNK
-    for i in range(SPARE, SPARE + ZEROS):
-        zeros[0] += few[i]
-    memset(few, 0, SLOTS * sizeof(uint16_t))
+cdef void count_each(
+    const real *x, Py_ssize_t n, Bins b, int64_t *counts, int64_t *zeros, int level
+) noexcept nogil:
+    """Without small counters."""
+    cdef uint16_t slots[8 * BLOCK]
+    cdef Py_ssize_t i = 0, k, size
+    while i < n:
+        size = min(n - i, <Py_ssize_t>(8 * BLOCK))
+        find_slots(x + i, size, b, slots, level)
+        for k in range(size):
+            if slots[k] < SPARE:
+                counts[slots[k]] += 1
+            elif slots[k] < SPARE + ZEROS:
+                zeros[0] += 1
+        i += size
 
 
 cdef void count_values(
     const real *x, Py_ssize_t n, Bins b, uint16_t *few, int64_t *counts, int64_t *zeros
 ) noexcept nogil:
     cdef uint16_t slots[BLOCK]
-    cdef Py_ssize_t i = 0, k, size
-    cdef uint64_t four
-    cdef int blocks = 0
-    while i < n:
-        size = min(n - i, <Py_ssize_t>BLOCK)
-        fetch(x + i, size * sizeof(real))
-        find_slots(x + i, size, b, slots)
-        i += size
-        if n <= FEW:
-            for k in range(size):
-                if slots[k] < SPARE:
-                    counts[slots[k]] += 1
-                elif slots[k] < SPARE + ZEROS:
-                    zeros[0] += 1
-            continue
-        for k in range(size, (size + 3) // 4 * 4):
-            slots[k] = SPARE + ZEROS
-        for k in range(0, size, 4):  # loads and stores are what there are few of
-            memcpy(&four, &slots[k], 8)
-            few[four & 0xFFFF] += 1
-            few[four >> 16 & 0xFFFF] += 1
-            few[four >> 32 & 0xFFFF] += 1
-            few[four >> 48] += 1
-        blocks += 1
-        if blocks == MANY:
+    cdef Py_ssize_t i = 0, k, size, whole = n // BLOCK * BLOCK if n > FEW else 0
+    cdef int level = chosen_level()
+    while i < whole:
+        size = min(whole - i, <Py_ssize_t>MANY)
+        if real is double:
+            for k in range(size // BLOCK):
+                find_slots(x + i + k * BLOCK, BLOCK, b, slots, level)
+                count_slots(slots, few)
             spill(few, counts, zeros)
-            blocks = 0
-    if blocks:
-        spill(few, counts, zeros)
+        elif level == AVX512:
+            tally_avx512(x + i, size, b, few, counts, zeros)
+        elif level == AVX2:
+            tally_avx2(x + i, size, b, few, counts, zeros)
+        else:
+            tally_baseline(x + i, size, b, few, counts, zeros)
+        i += size
+    count_each(x + whole, n - whole, b, counts, zeros, level)
 
 
 cdef double power_of_two(int64_t exponent) noexcept nogil:
