@@ -155,16 +155,18 @@ cdef inlined settle(key *low, key *high, Py_ssize_t scales, int threads, key inf
     cdef Py_ssize_t i
     cdef int thread
     cdef key lo, hi
+    cdef key bad = 0
+    for thread in range(1, threads):
+        for i in range(scales):
+            low[i] = min(low[i], low[thread * scales + i])
+            high[i] = max(high[i], high[thread * scales + i])
     for i in range(scales):
         lo, hi = low[i], high[i]
-        for thread in range(1, threads):
-            lo = min(lo, low[thread * scales + i])
-            hi = max(hi, high[thread * scales + i])
         # A scale without elements has inf and -inf still; with one, the ends are in order.
-        if lo <= hi and (hi >= inf or lo <= ~inf):
-            nonfinite[0] = True
+        bad |= <key>(lo <= hi) & (<key>(hi >= inf) | <key>(lo <= ~inf))
         ordered(lo, &low[i])
         ordered(hi, &high[i])
+    nonfinite[0] = bad != 0
 
 
 def min_max(const real[::1] x not None, tuple layout, real[::1] low not None, real[::1] high not None):
