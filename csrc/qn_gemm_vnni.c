@@ -59,9 +59,10 @@ QN_INLINE void multiply_step(const int R, const int P, VU sum[][COLUMN_VECTORS],
 }
 
 /* The sums over k of R rows by P panels; R, P, int4 and asks are constants where this is inlined, so the sums live in
- * registers. If it asks, the lines from `ahead` on are asked for meanwhile, as many bytes as a panel's codes. */
+ * registers. If it asks, the lines from `ahead` up to `stop` are asked for meanwhile, as far as k goes. */
 QN_INLINE void multiply(const int R, const int P, const int int4, int64_t k, const uint8_t *a, int64_t a_stride,
-                        const uint8_t *b, int64_t panel_bytes, const int asks, const uint8_t *ahead, VU sum[][COLUMN_VECTORS]) {
+                        const uint8_t *b, int64_t panel_bytes, const int asks, const uint8_t *ahead, const uint8_t *stop,
+                        VU sum[][COLUMN_VECTORS]) {
     __m512i w[COLUMN_VECTORS];
     const __m512i low_nibble = _mm512_set1_epi8(15);
     row_pointers rows = pointers_of_rows(a, a_stride);
@@ -70,7 +71,7 @@ QN_INLINE void multiply(const int R, const int P, const int int4, int64_t k, con
 #pragma GCC unroll 8
         for (int p = 0; p < P; p++) sum[r][p] = vu_splat(0);
     for (const uint8_t *end = a + k; rows.a[0] < end; b += int4 ? 64 : 128) { /* two k-steps */
-        if (asks) {
+        if (asks && ahead < stop) {
             _mm_prefetch((const char *)ahead, _MM_HINT_T1);
             _mm_prefetch((const char *)ahead + 64, _MM_HINT_T1);
             ahead += 128;
@@ -151,12 +152,12 @@ static void layer_row(const qn_call *c, const qn_rows *rows, int64_t row, int64_
 
 /* R rows by P panels of int8 weights with one group, from codes to y. */
 QN_INLINE void layer_tile_fixed(const int R, const int P, const qn_call *c, const qn_rows *rows, int64_t row,
-                                int64_t panel, const uint8_t *ahead) {
+                                int64_t panel, const uint8_t *ahead, int64_t ask) {
     const qn_weights *w = c->w;
     const uint8_t *a = rows->a + row * rows->a_stride, *b = w->data + panel * w->panel_bytes + w->codes_at;
     VU sum[QN_TILE_ROWS][COLUMN_VECTORS];
     ask_for_outputs(R, P * QN_NR, c, rows, row, panel * QN_NR);
-    multiply(R, P, 0, w->group_k, a, rows->a_stride, b, w->panel_bytes, 1, ahead, sum);
+    multiply(R, P, 0, w->group_k, a, rows->a_stride, b, w->panel_bytes, 1, ahead, ahead + ask, sum);
     finish_tile(R, P, c, rows, row, panel * QN_NR, sum);
 }
 
@@ -164,7 +165,7 @@ QN_INLINE void layer_tile_fixed(const int R, const int P, const qn_call *c, cons
 QN_INLINE void tile(const int R, const int P, const int int4, int64_t k, const uint8_t *a, int64_t a_stride,
                     const uint8_t *b, int64_t panel_bytes, int32_t *acc) {
     VU sum[QN_TILE_ROWS][COLUMN_VECTORS];
-    multiply(R, P, int4, k, a, a_stride, b, panel_bytes, 0, 0, sum);
+    multiply(R, P, int4, k, a, a_stride, b, panel_bytes, 0, 0, 0, sum);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 3
@@ -182,8 +183,8 @@ QN_INLINE void tile(const int R, const int P, const int int4, int64_t k, const u
 #define SIZE(R, P) ((R) * 16 + (P))
 
 static void layer_tile(const qn_call *c, const qn_rows *rows, int64_t row, int count, int64_t panel, int panels,
-                       const uint8_t *ahead) {
-#define CASE(R, P) case SIZE(R, P): layer_tile_fixed(R, P, c, rows, row, panel, ahead); break;
+                       const uint8_t *ahead, int64_t ask) {
+#define CASE(R, P) case SIZE(R, P): layer_tile_fixed(R, P, c, rows, row, panel, ahead, ask); break;
     if (count == 1) {
         layer_row(c, rows, row, panel, panels);
         return;
