@@ -28,7 +28,7 @@ static int64_t row_bytes(const qn_kernel *kernel, const qn_call *c) {
     if (c->input == QN_INPUT_FLOAT) return 0; /* x itself is read */
     if (is_float(c)) return qn_round_up(c->w->k * 4, 64);
     int64_t bytes = qn_round_up(c->w->groups * c->w->group_k * kernel->a_bytes, 64);
-    return qn_sums_groups(kernel, c) ? bytes | 64 : bytes; /* the rows of a piece of k in different sets of the L1 cache */
+    return qn_sums_groups(kernel, c) || bytes % 2048 == 0 ? bytes | 64 : bytes; /* rows beside each other in different sets of the L1 cache */
 }
 
 static int64_t block_rows(const qn_kernel *kernel, const qn_call *c) {
