@@ -211,6 +211,13 @@ QN_INLINE VU quantize_by_reciprocal(VF x, VF scale, VF reciprocal, VF low, VF hi
 #endif
 }
 
+QN_INLINE uint32_t total_of(VU sums) {
+    uint32_t lanes[QN_W], total = 0;
+    vu_store(lanes, sums);
+    for (int j = 0; j < QN_W; j++) total += lanes[j];
+    return total;
+}
+
 /* Quantize n floats into codes; returns the sum of the codes. */
 QN_INLINE int32_t quantize_floats(const float *x, int64_t n, row_params p, const int beyond, uint8_t *a) {
     VF scale = vf_splat(p.scale), low = vf_splat((float)(p.low - p.zero)), high = vf_splat((float)(p.high - p.zero));
@@ -230,9 +237,7 @@ QN_INLINE int32_t quantize_floats(const float *x, int64_t n, row_params p, const
         sums += q;
         vu_store_code(a + i * QN_A_BYTES, q);
     }
-    uint32_t lanes[QN_W], total = 0;
-    vu_store(lanes, sums);
-    for (int j = 0; j < QN_W; j++) total += lanes[j];
+    uint32_t lanes[QN_W], total = total_of(sums);
     if (i < n) {
         uint8_t codes[QN_W * QN_A_BYTES];
         VU q = quantize(load_some(x + i, n - i), scale, low, high, zero);
@@ -244,16 +249,21 @@ QN_INLINE int32_t quantize_floats(const float *x, int64_t n, row_params p, const
     return (int32_t)total;
 }
 
-/* Take n codes as they are (signed ones ^ 0x80); returns their sum. Plain loops, which compilers turn into vectors. */
+/* Take n codes as they are (signed ones ^ 0x80); returns their sum. */
 static int32_t take_codes(const uint8_t *x, int64_t n, uint8_t flip, uint8_t *a) {
-    uint32_t total = 0;
-#if QN_A_BYTES == 2
-    uint16_t *codes = (uint16_t *)a;
-#else
-    uint8_t *codes = a;
-#endif
-    for (int64_t i = 0; i < n; i++) codes[i] = x[i] ^ flip;
-    for (int64_t i = 0; i < n; i++) total += x[i] ^ flip;
+    VU flips = vu_splat(flip), sums = vu_splat(0);
+    int64_t i = 0;
+    for (; i + QN_W <= n; i += QN_W) {
+        VU codes = vu_load_u8(x + i) ^ flips;
+        sums += codes;
+        vu_store_code(a + i * QN_A_BYTES, codes);
+    }
+    uint32_t total = total_of(sums);
+    for (; i < n; i++) {
+        uint8_t code[QN_A_BYTES] = {x[i] ^ flip}; /* little-endian */
+        memcpy(a + i * QN_A_BYTES, code, QN_A_BYTES);
+        total += code[0];
+    }
     return (int32_t)total;
 }
 
@@ -412,6 +422,9 @@ QN_INLINE void emit_codes(const float *values, int64_t columns, float scale, int
                                               highest, 1);
             vu_store_bytes(y + n, q, zero - low, low);
         }
+        for (; n + QN_W <= columns; n += QN_W)
+            vu_store_u8(y + n, z + quantize_by_reciprocal(activate(vf_load(values + n), activation), s, reciprocal, lowest,
+                                                          highest, 1));
     }
     for (; n < columns; n += QN_W) {
         uint8_t lanes[QN_W];
