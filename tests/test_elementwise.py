@@ -469,6 +469,15 @@ def test_out_that_overlaps_the_input() -> None:
         ref.assert_same_bits(out, expected)
 
 
+@pytest.mark.parametrize("kind", FLOATS)
+def test_a_numpy_scalar_keeps_its_dtype(kind: Any) -> None:
+    x = np.dtype(kind).type(0.3)
+    fake = qn.fake_quantize(x, 0.125)
+    assert fake.dtype == np.dtype(kind)
+    assert fake == 0.25
+    assert qn.fake_quantize(0.3, 0.125).dtype == np.float32
+
+
 def test_inputs_are_left_alone() -> None:
     x = np.random.default_rng(2).standard_normal((5, 9))
     before = x.copy()

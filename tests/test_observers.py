@@ -777,6 +777,24 @@ def test_data_at_the_ends_of_float64(method: str) -> None:
         observed(method, np.array([1.5e308, 1e308, 1.2e308])).qparams(UINT8)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("config", [UINT8, INT8, INT4.asymmetric(), QuantConfig.fp8()], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_range_is_one_where_bins_have_no_width_and_where_the_last_has_no_end(
+    method: str, config: QuantConfig
+) -> None:
+    smallest, largest = np.finfo(np.float64).smallest_subnormal, np.finfo(np.float64).max
+    for x in ([1.5617e-320], [-smallest], [smallest, -smallest, 1e-322], [1e-310, 3e-310]):
+        observer = observed(method, np.array(x))
+        low, high = observer.calibrated_range(config)
+        assert -max(map(abs, x)) <= low <= high <= max(map(abs, x))
+        assert observer.qparams(config).scale == np.finfo(np.float32).smallest_normal
+    if method != "mse":  # whose search is for a scale, which float32 cannot hold
+        for x in ([largest, -largest], [largest, 1.0], [-largest]):
+            low, high = observed(method, np.array(x)).calibrated_range(config)
+            assert -largest <= low <= high <= largest
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_unobserved_says_what_to_do(method: str) -> None:
     for observer in (make_observer(method), make_observer(method, axis=0), observed(method, [1.0])):
