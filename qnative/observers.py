@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -173,7 +173,7 @@ class Observer(ABC):
                 "right answer; reset() it and observe again"
             )
 
-    def merge(self, other: Observer) -> Observer:
+    def merge(self, other: Observer) -> Self:
         """Take everything into account that `other` has seen, and return self; `other` stays as it is.
 
         Raises
@@ -618,11 +618,25 @@ class CalibrationCollector(_HistogramObserver):
         }
         return rules[ObserverMethod(method)]()
 
-    def calibrated_range(self, config: QuantConfig, method: ObserverMethod | str = "kl", **options: float) -> Ends:
+    def calibrated_range(
+        self,
+        config: QuantConfig,
+        method: ObserverMethod | str = ObserverMethod.KL,
+        *,
+        percentile: float = DEFAULT_PERCENTILE,
+        sigma: float = DEFAULT_SIGMA,
+    ) -> Ends:
         """Return the range that `method` chooses; parameters as for `qparams`."""
-        return self._answer(config, {"method": method, **options})
+        return self._answer(config, {"method": method, "percentile": percentile, "sigma": sigma})
 
-    def qparams(self, config: QuantConfig, method: ObserverMethod | str = "kl", **options: float) -> QParams:
+    def qparams(
+        self,
+        config: QuantConfig,
+        method: ObserverMethod | str = ObserverMethod.KL,
+        *,
+        percentile: float = DEFAULT_PERCENTILE,
+        sigma: float = DEFAULT_SIGMA,
+    ) -> QParams:
         """Return the scale and zero point that `method` gives.
 
         Parameters
@@ -644,7 +658,8 @@ class CalibrationCollector(_HistogramObserver):
         ValueError
             For an unknown method, an option out of range, or a config of another granularity or axis.
         """
-        return qparams_from_range(*self.calibrated_range(config, method, **options), config)
+        ends = self.calibrated_range(config, method, percentile=percentile, sigma=sigma)
+        return qparams_from_range(*ends, config)
 
     def min_max_scale(self, config: QuantConfig | None = None) -> NDArray[np.float32]:
         """Return the scale of the whole range; symmetric int8 (per channel with an axis) unless `config` says else."""
