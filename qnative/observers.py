@@ -158,7 +158,7 @@ class Observer(ABC):
             if statistic.reads_values:
                 readers.append(statistic)
         if readers:
-            for rows in rows_of(x, self.axis):
+            for rows in rows_of(x, self.axis, max(statistic.each for statistic in readers)):
                 finite = np.isfinite(rows) if skipped.any() else None
                 for statistic in readers:
                     statistic.add(rows, finite)

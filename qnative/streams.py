@@ -47,13 +47,18 @@ SIDE = 1 << SIDE_BITS
 LEAST_EXPONENT = -1073
 #: Elements worked on at a time, so that temporaries stay in the cache whatever the batch.
 SLAB = 1 << 16
+#: And never more, whatever a statistic would like.
+MOST = 1 << 20
 
 
 # Walking over an array
 
 
 def pieces(x: NDArray[Any], whole: tuple[int, ...], size: int) -> Iterator[NDArray[Any]]:
-    """Cut `x` along its longest dimension, the axes in `whole` excepted, into float arrays of about `size` elements."""
+    """Cut `x` along one dimension, the axes in `whole` excepted, into float arrays of about `size` elements.
+
+    The first dimension that gives pieces so small, as these lie in one piece in memory; else the longest.
+    """
     if not whole and x.flags.c_contiguous:
         x = x.reshape(-1)
     kept = {axis % x.ndim for axis in whole}
@@ -61,15 +66,19 @@ def pieces(x: NDArray[Any], whole: tuple[int, ...], size: int) -> Iterator[NDArr
     if not any(lengths):  # 0-d, or nothing to cut
         yield as_float_array(x)
         return
-    cut = int(np.argmax(lengths))
+    cut = next((d for d, n in enumerate(lengths) if n * size >= x.size), int(np.argmax(lengths)))
     step = max(size * lengths[cut] // x.size, 1)
     for i in range(0, lengths[cut], step):
         yield as_float_array(x[(slice(None),) * cut + (slice(i, i + step),)])
 
 
-def rows_of(x: NDArray[Any], axis: int | None) -> Iterator[NDArray[Any]]:
-    """Cut `x` into float arrays of shape (channels, n), about `SLAB` elements each; (1, n) when `axis` is None."""
-    for piece in pieces(x, () if axis is None else (axis,), SLAB):
+def rows_of(x: NDArray[Any], axis: int | None, each: int = 0) -> Iterator[NDArray[Any]]:
+    """Cut `x` into float arrays of shape (channels, n), (1, n) when `axis` is None, of about `SLAB` elements.
+
+    Of more, where there are so many channels that n would else be less than `each`.
+    """
+    size = SLAB if axis is None else min(max(SLAB, each * x.shape[axis]), MOST)
+    for piece in pieces(x, () if axis is None else (axis,), size):
         if axis is None:
             yield piece.reshape(1, -1)
         else:
@@ -111,6 +120,8 @@ class Statistic(ABC):
     fields: ClassVar[tuple[str, ...]]
     #: Whether `add` is to be called; the ends of a batch alone suffice otherwise.
     reads_values: ClassVar[bool] = True
+    #: Values of a channel that `add` wants at a time, so that what is kept of a channel stays in the cache meanwhile.
+    each: ClassVar[int] = 0
 
     @abstractmethod
     def start(self, low: F64, high: F64) -> None:
@@ -152,6 +163,7 @@ class Histogram(Statistic):
     """
 
     fields = ("counts", "zeros", "exponent")
+    each = 1 << 12
 
     def __init__(self, channels: int) -> None:
         self.counts = np.zeros((channels, 2, SIDE), np.int64)
