@@ -374,6 +374,21 @@ def test_the_output_error_of_a_mapped_array_is_measured_piece_by_piece(tmp_path:
     np.testing.assert_allclose(error(small, [channels]), np.square(alone @ weight.T, dtype=np.float64).sum(), rtol=1e-4)
 
 
+def test_output_aware_passes_over_scales_that_cannot_be_stored() -> None:
+    """Half of this range has a scale that float16 cannot hold."""
+    batches, weight = outlier_case()
+    tiny = [batch * np.float32(1e-7) for batch in batches]
+    amax = max(float(np.abs(batch).max()) for batch in tiny)
+    config = QuantConfig("int8", scale_dtype="float16")
+    tiny = [batch * np.float32(127 * 5e-8 / amax) for batch in tiny]
+    plain = calibrate_layer(tiny, config, "min_max").qparams
+    spec = calibrate_layer(tiny, config, "min_max", weight)
+    every = np.concatenate(tiny)
+    assert output_error(every, spec.qparams, weight) <= output_error(every, plain, weight)
+    with pytest.raises(ValueError, match="underflows float16"):
+        calibrate_layer([batch * np.float32(0.1) for batch in tiny], config, "min_max", weight)
+
+
 def test_output_aware_says_what_it_needs() -> None:
     batches, weight = outlier_case()
     with pytest.raises(ValueError, match="weight="):
@@ -617,6 +632,17 @@ def test_a_merge_that_is_refused_changes_nothing() -> None:
     assert one.merge(one)._collectors["first"].count == 12
     with pytest.raises(TypeError, match="Calibrator"):
         one.merge(one._collectors)  # type: ignore[arg-type]
+
+
+def test_a_merge_brings_what_only_the_other_has() -> None:
+    one, other = Calibrator(), Calibrator()
+    one.record_activations("a", np.ones(3))
+    other.record_activations("b", np.full(3, 2.0))
+    other.record_layer("c", np.float32([[1.0, -3.0]]))
+    found = one.merge(other).finish()
+    assert list(found) == ["a", "b", "c"]
+    assert (found["b"].activation_max, found["c"].weight_min) == (2.0, -3.0)
+    assert list(one.specs("min_max")) == ["a", "b"]
 
 
 def test_what_is_merged_into_a_calibrator_is_its_own() -> None:
