@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from test_fake_quant import import_torch
 
 from qnative.calibration import (
     CalibrationDataset,
@@ -25,7 +26,7 @@ from qnative.calibration import (
     calibrate_model,
 )
 from qnative.config import ObserverMethod, QParams, QuantConfig, qparams_from_range
-from qnative.elementwise import fake_quantize
+from qnative.elementwise import fake_quantize, sqnr
 from qnative.linear import QuantizedLinear
 from qnative.observers import make_observer
 from qnative.output_error import OutputError
@@ -680,13 +681,34 @@ def test_a_calibrator_skips_or_refuses_bad_values() -> None:
 # The document
 
 
+def blocks_of_the_document() -> list[str]:
+    document = Path(__file__).parents[1] / "docs" / "calibration.md"
+    return re.findall(r"```python\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL)
+
+
 def test_what_the_document_shows_runs() -> None:
     """One block after the other; those for processes say so themselves, and are theirs to run."""
-    document = Path(__file__).parents[1] / "docs" / "calibration.md"
     namespace: dict[str, Any] = {"__name__": "document"}
-    for block in re.findall(r"```python\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL):
-        if "from distributed" not in block:
+    for block in blocks_of_the_document():
+        if "from distributed" not in block and "import torch" not in block:
             exec(block, namespace)
     assert namespace["y"].shape == (100, 64)
     assert set(namespace["specs"]) == {"ffn"}
     assert namespace["calibrator"].finish()["ffn"].activation_max == max(x.max() for x in namespace["batches"])
+
+
+@pytest.mark.filterwarnings("default")
+def test_what_the_document_shows_of_pytorch_runs() -> None:
+    torch = import_torch()
+    blocks = blocks_of_the_document()
+    namespace: dict[str, Any] = {"__name__": "document"}
+    for block in (blocks[0], *(block for block in blocks if "import torch" in block)):
+        exec(block, namespace)
+    net, model = namespace["net"], namespace["model"]
+    assert not any(layer._forward_pre_hooks for layer in net)
+    assert namespace["calibrator"].finish()["0"].activation_max == max(x.max() for x in namespace["batches"])
+    x = namespace["batches"][0]
+    with torch.no_grad():
+        hidden, exact = net[1](net[0](torch.from_numpy(x))).numpy(), net(torch.from_numpy(x)).numpy()
+    assert sqnr(exact, model["2"](hidden)) > 30
+    assert {layer.activations.dtype for layer in (model["0"], model["2"])} == {"uint8"}
