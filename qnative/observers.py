@@ -409,22 +409,9 @@ class MinMaxObserver(Observer):
         return self._low, self._high
 
 
-class MovingAverageObserver(Observer):
-    """A moving average of the batches' ends (Jacob et al., CVPR 2018): ``m += c * (batch - m)``.
+class _AveragingObserver(Observer):
+    """What the moving average and the collector share: averages of the batches' ends, and their constant."""
 
-    It depends on how the stream is cut into batches, and on their order, by definition: a batch is what one `observe`
-    takes. Merging is to go on where this observer stopped with the batches of the other, in this order: to float64
-    rounding, and bit for bit where the other has seen one batch. `min_val` and `max_val` are the averages.
-
-    Parameters
-    ----------
-    axis, nonfinite
-        See `Observer`.
-    averaging_constant : float
-        c, between 0 and 1.
-    """
-
-    method = ObserverMethod.MOVING_AVERAGE
     options = ("nonfinite", "averaging_constant")
 
     def __init__(
@@ -441,6 +428,24 @@ class MovingAverageObserver(Observer):
         self._averages = Averages(channels, self.averaging_constant)
         return {"averages": self._averages}
 
+
+class MovingAverageObserver(_AveragingObserver):
+    """A moving average of the batches' ends (Jacob et al., CVPR 2018): ``m += c * (batch - m)``.
+
+    It depends on how the stream is cut into batches, and on their order, by definition: a batch is what one `observe`
+    takes. Merging is to go on where this observer stopped with the batches of the other, in this order: to float64
+    rounding, and bit for bit where the other has seen one batch. `min_val` and `max_val` are the averages.
+
+    Parameters
+    ----------
+    axis, nonfinite
+        See `Observer`.
+    averaging_constant : float
+        c, between 0 and 1.
+    """
+
+    method = ObserverMethod.MOVING_AVERAGE
+
     def _data_range(self) -> Ends:
         return self._averages.average_low, self._averages.average_high
 
@@ -453,7 +458,7 @@ class _HistogramObserver(Observer):
 
     def _new_statistics(self, channels: int) -> dict[str, Statistic]:
         self._histogram = Histogram(channels)
-        return {"histogram": self._histogram}
+        return {"histogram": self._histogram, **super()._new_statistics(channels)}
 
 
 class PercentileObserver(_HistogramObserver):
@@ -557,7 +562,7 @@ class MSEObserver(_HistogramObserver):
         return mse_range(self._histogram, self._low, self._high, config)
 
 
-class CalibrationCollector(_HistogramObserver):
+class CalibrationCollector(_HistogramObserver, _AveragingObserver):
     """Observes once, and answers for every method.
 
     It keeps what the single observers keep, and gives the answers that they give, bit for bit (with equal options).
@@ -581,22 +586,9 @@ class CalibrationCollector(_HistogramObserver):
     True
     """
 
-    options = ("nonfinite", "averaging_constant")
-
-    def __init__(
-        self,
-        axis: int | None = None,
-        *,
-        nonfinite: str = "raise",
-        averaging_constant: float = DEFAULT_AVERAGING_CONSTANT,
-    ) -> None:
-        self.averaging_constant = _check_constant(averaging_constant)
-        super().__init__(axis, nonfinite=nonfinite)
-
     def _new_statistics(self, channels: int) -> dict[str, Statistic]:
-        self._averages = Averages(channels, self.averaging_constant)
         self._moments = Moments(channels)
-        return {**super()._new_statistics(channels), "averages": self._averages, "moments": self._moments}
+        return {**super()._new_statistics(channels), "moments": self._moments}
 
     def _choose(
         self,
