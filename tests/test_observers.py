@@ -255,6 +255,20 @@ def test_growing_forgets_nothing(batches: Any, dtypes: Any) -> None:
     assert histogram.counts[0, 0].sum() == negative, "a value too small for its bin keeps its sign"
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("method", EXACT)
+def test_which_zero_came_first_does_not_show(method: str, dtype: Any) -> None:
+    one, other = (np.array([zero, 1.0], dtype) for zero in (0.0, -0.0))
+    states = [observed(method, *batches) for batches in ((one, other), (other, one), (other,), (other, -other))]
+    assert_same_state(states[0], states[1])
+    assert_same_state(states[0], observed(method, other).merge(observed(method, one)))
+    for state in states[:3]:
+        low, high = state.range
+        assert (float(low), float(high), bool(np.signbit(low))) == (0.0, 1.0, False)
+    for batches in ((-one, -other), (-other, -one)):
+        assert not np.signbit(observed(method, *batches).max_val)
+
+
 def test_float64_beyond_float32_is_counted_exactly() -> None:
     wide = observed("kl", np.array([1e300, -1e-300, 5e-324, 0.0]), np.float32([1.0, -1e-45]))
     histogram = histogram_of(wide)
