@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import mmap
 import os
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from qnative.config import ObserverMethod, QParams, QuantConfig
-from qnative.floats import as_float_array
+from qnative.floats import as_float_array, plain_array
 from qnative.granularity import block_min_max
 from qnative.observers import CalibrationCollector, Observer, make_observer, observe_once
 from qnative.output_error import OutputError, least_output_error
@@ -60,7 +61,8 @@ class CalibrationDataset:
     Notes
     -----
     To pickle one (a process pool does) its source must be picklable: a path, a list or a module's function, not a
-    generator. A memory-mapped array is pickled as its file's name, so workers map the same file.
+    generator. A memory-mapped array is pickled as its file's name, so workers map the same file; so is a contiguous
+    part of one. Other views of it, and those mapped to be changed in memory alone (``mode="c"``), go as data.
 
     Examples
     --------
@@ -76,12 +78,13 @@ class CalibrationDataset:
                 raise ValueError(f"batch_size={batch_size} cuts an array or a file; this source has batches of its own")
             if isinstance(batch_size, bool) or not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
                 raise ValueError(f"batch_size={batch_size!r} must be a positive int")
-            if isinstance(source, np.ndarray) and source.ndim == 0:
-                raise ValueError(f"batch_size={batch_size} cuts the first axis, and an array of shape () has none")
         if not (whole or callable(source) or isinstance(source, Iterable)):
             raise TypeError(f"batches must be an array, a path, a function or an iterable, not {type(source).__name__}")
-        self._source: Any = source
+        # A worker may have another working directory.
+        self._source: Any = os.path.abspath(os.fsdecode(source)) if isinstance(source, (str, os.PathLike)) else source
         self._batch_size = None if batch_size is None else int(batch_size)
+        if batch_size is not None and isinstance(source, np.ndarray):
+            self._check_cut(source)
         self._once = isinstance(source, Iterator)
         self._used = False
 
@@ -94,10 +97,25 @@ class CalibrationDataset:
         return not self._once
 
     def _whole(self) -> NDArray[Any] | None:
-        if isinstance(self._source, (str, os.PathLike)):
-            mapped: NDArray[Any] = np.load(self._source, mmap_mode="r", allow_pickle=False)
-            return mapped
-        return self._source if isinstance(self._source, np.ndarray) else None
+        path = self._source
+        if not isinstance(path, str):
+            return path if isinstance(path, np.ndarray) else None
+        try:
+            mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+        except ValueError as error:
+            raise ValueError(
+                f"{path} is no .npy file of numbers ({error}); map raw data with np.memmap(path, dtype, 'r', shape=...)"
+            ) from None
+        if not isinstance(mapped, np.ndarray):
+            mapped.close()
+            raise TypeError(f"{path} holds several arrays; pass the one meant, np.load(path)[name]")
+        if self._batch_size is not None:
+            self._check_cut(mapped)
+        return mapped
+
+    def _check_cut(self, array: NDArray[Any]) -> None:
+        if array.ndim == 0:
+            raise ValueError(f"batch_size={self._batch_size} cuts the first axis, and an array of shape () has none")
 
     def __len__(self) -> int:
         """Return the number of batches; TypeError for a source that does not know it."""
@@ -132,11 +150,9 @@ class CalibrationDataset:
                 "function that returns an iterator"
             )
         state = self.__dict__.copy()
-        array = self._source
-        # Only of an unsliced map does NumPy know where in the file it begins.
-        if isinstance(array, np.memmap) and isinstance(array.base, mmap.mmap) and array.filename is not None:
-            order = "C" if array.flags.c_contiguous else "F"
-            state["_source"] = _Mapped(os.fspath(array.filename), array.dtype, array.offset, array.shape, order)
+        mapped = _Mapped.of(self._source)
+        if mapped is not None:
+            state["_source"] = mapped
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -154,6 +170,21 @@ class _Mapped:
     offset: int
     shape: tuple[int, ...]
     order: str
+
+    @classmethod
+    def of(cls, array: Any) -> _Mapped | None:
+        """Tell how to map an array, or a view, that lies in one piece in a file; None of any other."""
+        whole = array
+        while isinstance(whole, np.ndarray) and isinstance(whole.base, np.ndarray):
+            whole = whole.base
+        # Of views NumPy keeps the offset of the whole.
+        if not (isinstance(whole, np.memmap) and isinstance(whole.base, mmap.mmap) and whole.filename is not None):
+            return None
+        if array.size == 0 or whole.mode == "c" or not (array.flags.c_contiguous or array.flags.f_contiguous):
+            return None
+        offset = whole.offset + array.__array_interface__["data"][0] - whole.__array_interface__["data"][0]
+        order = "C" if array.flags.c_contiguous else "F"
+        return cls(os.fspath(whole.filename), array.dtype, offset, array.shape, order)
 
     def open(self) -> NDArray[Any]:
         return np.memmap(self.filename, self.dtype, "r", self.offset, self.shape, self.order)  # type: ignore[call-overload, no-any-return]
@@ -297,7 +328,7 @@ def calibrate_layer(
     >>> spec.method, spec.qparams.scale.shape
     ('mse', ())
     """
-    config = ACTIVATIONS if config is None else config
+    config = _target(config)
     if output_aware is None:
         output_aware = weight is not None
     if output_aware and weight is None:
@@ -316,12 +347,13 @@ def calibrate_layer(
         def results(task: Callable[[Any], Result]) -> Iterator[Result]:
             """Do something with every batch, on the executor, in order."""
             nonlocal done
-            for result in map_ordered(executor, task, dataset):
+            for result in map_ordered(executor, functools.partial(_on_batch, task), enumerate(dataset)):
                 yield result
                 done += 1
                 report(done, name)
 
         observers = _observers(method, config.axis, output_aware, options)
+        observers[0]._check(config)  # before all of the data is gone through
         if executor is None:
             for _ in results(functools.partial(_observe_all, observers)):
                 pass
@@ -346,6 +378,14 @@ def calibrate_layer(
     )
 
 
+def _target(config: QuantConfig | None) -> QuantConfig:
+    if config is None:
+        return ACTIVATIONS
+    if not isinstance(config, QuantConfig):
+        raise TypeError(f"config must be a QuantConfig, such as QuantConfig({config!r}), not {type(config).__name__}")
+    return config
+
+
 def _dataset(batches: Any) -> CalibrationDataset:
     return batches if isinstance(batches, CalibrationDataset) else CalibrationDataset(batches)
 
@@ -358,6 +398,30 @@ def _observers(
     if output_aware and method is not ObserverMethod.MIN_MAX:
         made.append(make_observer("min_max", axis, nonfinite=made[0].nonfinite))
     return made
+
+
+def _on_batch(task: Callable[[Any], Result], numbered: tuple[int, Any]) -> Result:
+    """Do something with one batch; an error tells which it was."""
+    number, batch = numbered
+    try:
+        return task(_one_array(batch))
+    except Exception as error:
+        error.add_note(f"at batch {number} (counted from 0)")
+        raise
+
+
+def _one_array(batch: Any) -> NDArray[Any]:
+    """Return a batch as an array; refuse what holds more than one, as loaders of training data give it."""
+    try:
+        array = plain_array(batch)
+    except ValueError:  # NumPy's: arrays of different shapes
+        array = None
+    if array is None or array.dtype.kind in "OSU":
+        raise TypeError(
+            f"a batch is one array of floats, and this is a {type(batch).__name__}; where a batch holds more than the "
+            "layer's input, pick that: CalibrationDataset(lambda: (x for x, _ in loader))"
+        )
+    return array
 
 
 def _observe_all(observers: list[Observer], batch: Any) -> None:
@@ -436,6 +500,9 @@ def calibrate_model(
     >>> {name: int(spec.qparams.zero_point) for name, spec in specs.items()}
     {'a': 0, 'b': 64}
     """
+    if not isinstance(data, Mapping):
+        raise TypeError(f"data must be a mapping of layer names to batches, not {type(data).__name__}")
+    config = _target(config)
     weights = {} if weights is None else weights
     unknown = sorted(set(weights) - set(data))
     if unknown:
@@ -456,8 +523,15 @@ def _calibrate_named(
     task: tuple[str, CalibrationDataset, Any], options: dict[str, Any], **common: Any
 ) -> QuantizationSpec:
     name, dataset, weight = task
-    try:
+    with _naming(name):
         return calibrate_layer(dataset, weight=weight, name=name, **common, **options)
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Have errors name the layer."""
+    try:
+        yield
     except Exception as error:
         error.add_note(f"while calibrating {name!r}")
         raise
@@ -497,9 +571,10 @@ class Calibrator:
         *,
         nonfinite: str = "raise",
     ) -> None:
-        self.config = ACTIVATIONS if config is None else config
-        self.weight_config = QuantConfig.int8_per_channel() if weight_config is None else weight_config
+        self.config = _target(config)
+        self.weight_config = QuantConfig.int8_per_channel() if weight_config is None else _target(weight_config)
         self.nonfinite = nonfinite
+        self._collector()._check(self.config)
         self._weights: dict[str, tuple[float, float, NDArray[np.float32]]] = {}
         self._collectors: dict[str, CalibrationCollector] = {}
         self._names: dict[str, None] = {}
@@ -557,28 +632,39 @@ class Calibrator:
         ValueError
             If the configs differ, or both have a weight of one name and not the same.
         """
+        if not isinstance(other, Calibrator):
+            raise TypeError(f"other must be a Calibrator, not {type(other).__name__}")
         if (other.config, other.weight_config) != (self.config, self.weight_config):
             raise ValueError("cannot merge calibrators of different configs")
-        for name, theirs in other._weights.items():
-            mine = self._weights.get(name, theirs)
-            if mine[:2] != theirs[:2] or not np.array_equal(mine[2], theirs[2]):
-                raise ValueError(f"cannot merge: both calibrators have a weight {name!r}, and not the same")
-        self._weights = {**other._weights, **self._weights}
-        for name, collector in other._collectors.items():
-            self._collectors.setdefault(name, self._collector()).merge(collector)
-        self._names.update(other._names)
+        with other._lock:
+            weights, names = dict(other._weights), dict(other._names)
+            collectors = {name: self._collector().merge(collector) for name, collector in other._collectors.items()}
+        with self._lock:
+            for name, theirs in weights.items():
+                mine = self._weights.get(name, theirs)
+                if mine[:2] != theirs[:2] or not np.array_equal(mine[2], theirs[2]):
+                    raise ValueError(f"cannot merge: both calibrators have a weight {name!r}, and not the same")
+            for name, collector in self._collectors.items():
+                if name in collectors:
+                    with _naming(name):
+                        collectors[name] = self._collector().merge(collector).merge(collectors[name])
+            # Nothing has changed up to here, where nothing can fail.
+            self._weights = {**weights, **self._weights}
+            self._collectors.update(collectors)
+            self._names.update(names)
         return self
 
     def finish(self) -> dict[str, LayerCalibration]:
         """Return what was seen of each layer, in the order they first came; recording may go on."""
         found = {}
-        for name in self._names:
-            weight = self._weights.get(name, (None, None, None))
-            low = high = None
-            if name in self._collectors and self._collectors[name].count:
-                ends = self._collectors[name].range
-                low, high = float(ends[0].min()), float(ends[1].max())
-            found[name] = LayerCalibration(weight[0], weight[1], low, high, weight[2])
+        with self._lock:
+            for name in self._names:
+                weight = self._weights.get(name, (None, None, None))
+                low = high = None
+                collector = self._collectors.get(name)
+                if collector is not None and collector.count:  # of some channels, at least
+                    low, high = float(collector._low.min()), float(collector._high.max())
+                found[name] = LayerCalibration(weight[0], weight[1], low, high, weight[2])
         return found
 
     def specs(self, method: ObserverMethod | str = ObserverMethod.KL, **options: float) -> dict[str, QuantizationSpec]:
@@ -597,11 +683,14 @@ class Calibrator:
             For `quantize_model`.
         """
         method = ObserverMethod(method)
-        return {
-            name: QuantizationSpec(name, self._collectors[name].qparams(self.config, method, **options), method)
-            for name in self._names
-            if name in self._collectors and self._collectors[name].count
-        }
+        found = {}
+        with self._lock:
+            for name in self._names:
+                if name in self._collectors and self._collectors[name].count:
+                    with _naming(name):
+                        qparams = self._collectors[name].qparams(self.config, method, **options)
+                    found[name] = QuantizationSpec(name, qparams, method)
+        return found
 
 
 class _Watched:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -244,13 +245,13 @@ def fake_quantize(
     Returns
     -------
     numpy.ndarray
-        Of x's shape and dtype (float32 for Python numbers).
+        Of x's shape and dtype (float32 for what is not NumPy's: Python numbers, lists).
     """
     info = code_dtype(dtype)
     values = as_float_array(x)
     granules, scales, zeros = _parameters(values.shape, scale, zero_point, info, axis, group_size)
     low, high = code_range(info, quant_min, quant_max)
-    wanted = x.dtype.newbyteorder("=") if isinstance(x, np.ndarray) else np.dtype(np.float32)
+    wanted = x.dtype.newbyteorder("=") if isinstance(x, (np.ndarray, np.generic)) else np.dtype(np.float32)
     into = out_target(out, values.shape, wanted, values)
     into = into if wanted == np.float32 else None
     check_nan(nan)
@@ -283,14 +284,44 @@ def sqnr(x: ArrayLike, y: ArrayLike) -> float:
     a, b = as_float_array(x), as_float_array(y)
     if a.shape != b.shape:
         raise ValueError(f"x has shape {a.shape} and y {b.shape}; they must be the same")
-    signal, noise, *_ = error_sums(a, b)
+    signal, noise, *_ = error_sums(lambda: [(a, b)])
     return decibel(signal, noise)
 
 
-def error_sums(x: NDArray[Any], y: NDArray[Any]) -> tuple[float, float, float, float, float]:
-    """Return the sums of x^2, (x - y)^2, y^2 and x*y, and the largest |x - y|, in float64."""
-    common = np.result_type(x, y)
-    return _core.squared_sums(x.reshape(-1).astype(common, copy=False), y.reshape(-1).astype(common, copy=False))
+#: Within these, sums of squares have lost nothing, nor have the products of two.
+_LEAST_SUM, _MOST_SUM = 2.0**-500, 2.0**500
+
+
+def error_sums(
+    pairs: Callable[[], Iterable[tuple[NDArray[Any], NDArray[Any]]]],
+) -> tuple[float, float, float, float, float]:
+    """Return the sums of x^2, (x - y)^2, y^2 and x*y, and the largest |x - y|, in float64, over pairs of arrays.
+
+    `pairs` is called again where squares leave float64: the sums are then those of the values times a power of two,
+    which changes no ratio of them.
+    """
+    found = _error_sums(pairs(), 0)
+    if found[0] >= _LEAST_SUM and max(found[:3]) <= _MOST_SUM:
+        return found
+    largest = max((float(np.abs(v).max(initial=0.0)) for pair in pairs() for v in pair), default=0.0)
+    if largest == 0.0 or not math.isfinite(largest):
+        return found
+    return (*_error_sums(pairs(), -math.frexp(largest)[1])[:4], found[4])
+
+
+def _error_sums(
+    pairs: Iterable[tuple[NDArray[Any], NDArray[Any]]], power: int
+) -> tuple[float, float, float, float, float]:
+    xx = dd = yy = xy = worst = 0.0
+    for x, y in pairs:
+        common = np.result_type(x, y) if power == 0 else np.float64
+        a, b = (v.reshape(-1).astype(common, copy=False) for v in (x, y))
+        if power:
+            a, b = np.ldexp(a, power), np.ldexp(b, power)
+        sums = _core.squared_sums(a, b)
+        xx, dd, yy, xy = xx + sums[0], dd + sums[1], yy + sums[2], xy + sums[3]
+        worst = max(worst, sums[4])
+    return xx, dd, yy, xy, worst
 
 
 def decibel(signal: float, noise: float) -> float:

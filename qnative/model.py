@@ -59,6 +59,7 @@ class QuantizedModel(Mapping[str, Any]):
 
     Examples
     --------
+    >>> from qnative import quantize_model
     >>> model = quantize_model({"fc.weight": np.eye(3, dtype=np.float32), "fc.bias": np.ones(3, np.float32)})
     >>> model["fc"](np.array([1.0, 2.0, 3.0], np.float32)).round(1)
     array([2., 3., 4.], dtype=float32)

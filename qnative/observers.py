@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -159,7 +159,8 @@ class Observer(ABC):
                 readers.append(statistic)
         if readers:
             clean = not skipped.any()
-            for rows in rows_of(x, self.axis, min(statistic.slab for statistic in readers)):
+            size, each = min(statistic.slab for statistic in readers), max(statistic.each for statistic in readers)
+            for rows in rows_of(x, self.axis, size, each):
                 for statistic in readers:
                     statistic.add(rows, clean)
         for statistic in self._statistics.values():
@@ -173,7 +174,7 @@ class Observer(ABC):
                 "right answer; reset() it and observe again"
             )
 
-    def merge(self, other: Observer) -> Observer:
+    def merge(self, other: Observer) -> Self:
         """Take everything into account that `other` has seen, and return self; `other` stays as it is.
 
         Raises
@@ -409,22 +410,9 @@ class MinMaxObserver(Observer):
         return self._low, self._high
 
 
-class MovingAverageObserver(Observer):
-    """A moving average of the batches' ends (Jacob et al., CVPR 2018): ``m += c * (batch - m)``.
+class _AveragingObserver(Observer):
+    """What the moving average and the collector share: averages of the batches' ends, and their constant."""
 
-    It depends on how the stream is cut into batches, and on their order, by definition: a batch is what one `observe`
-    takes. Merging is to go on where this observer stopped with the batches of the other, in this order: to float64
-    rounding, and bit for bit where the other has seen one batch. `min_val` and `max_val` are the averages.
-
-    Parameters
-    ----------
-    axis, nonfinite
-        See `Observer`.
-    averaging_constant : float
-        c, between 0 and 1.
-    """
-
-    method = ObserverMethod.MOVING_AVERAGE
     options = ("nonfinite", "averaging_constant")
 
     def __init__(
@@ -441,6 +429,24 @@ class MovingAverageObserver(Observer):
         self._averages = Averages(channels, self.averaging_constant)
         return {"averages": self._averages}
 
+
+class MovingAverageObserver(_AveragingObserver):
+    """A moving average of the batches' ends (Jacob et al., CVPR 2018): ``m += c * (batch - m)``.
+
+    It depends on how the stream is cut into batches, and on their order, by definition: a batch is what one `observe`
+    takes. Merging is to go on where this observer stopped with the batches of the other, in this order: to float64
+    rounding, and bit for bit where the other has seen one batch. `min_val` and `max_val` are the averages.
+
+    Parameters
+    ----------
+    axis, nonfinite
+        See `Observer`.
+    averaging_constant : float
+        c, between 0 and 1.
+    """
+
+    method = ObserverMethod.MOVING_AVERAGE
+
     def _data_range(self) -> Ends:
         return self._averages.average_low, self._averages.average_high
 
@@ -453,7 +459,7 @@ class _HistogramObserver(Observer):
 
     def _new_statistics(self, channels: int) -> dict[str, Statistic]:
         self._histogram = Histogram(channels)
-        return {"histogram": self._histogram}
+        return {"histogram": self._histogram, **super()._new_statistics(channels)}
 
 
 class PercentileObserver(_HistogramObserver):
@@ -557,7 +563,7 @@ class MSEObserver(_HistogramObserver):
         return mse_range(self._histogram, self._low, self._high, config)
 
 
-class CalibrationCollector(_HistogramObserver):
+class CalibrationCollector(_HistogramObserver, _AveragingObserver):
     """Observes once, and answers for every method.
 
     It keeps what the single observers keep, and gives the answers that they give, bit for bit (with equal options).
@@ -581,22 +587,9 @@ class CalibrationCollector(_HistogramObserver):
     True
     """
 
-    options = ("nonfinite", "averaging_constant")
-
-    def __init__(
-        self,
-        axis: int | None = None,
-        *,
-        nonfinite: str = "raise",
-        averaging_constant: float = DEFAULT_AVERAGING_CONSTANT,
-    ) -> None:
-        self.averaging_constant = _check_constant(averaging_constant)
-        super().__init__(axis, nonfinite=nonfinite)
-
     def _new_statistics(self, channels: int) -> dict[str, Statistic]:
-        self._averages = Averages(channels, self.averaging_constant)
         self._moments = Moments(channels)
-        return {**super()._new_statistics(channels), "averages": self._averages, "moments": self._moments}
+        return {**super()._new_statistics(channels), "moments": self._moments}
 
     def _choose(
         self,
@@ -618,11 +611,25 @@ class CalibrationCollector(_HistogramObserver):
         }
         return rules[ObserverMethod(method)]()
 
-    def calibrated_range(self, config: QuantConfig, method: ObserverMethod | str = "kl", **options: float) -> Ends:
+    def calibrated_range(
+        self,
+        config: QuantConfig,
+        method: ObserverMethod | str = ObserverMethod.KL,
+        *,
+        percentile: float = DEFAULT_PERCENTILE,
+        sigma: float = DEFAULT_SIGMA,
+    ) -> Ends:
         """Return the range that `method` chooses; parameters as for `qparams`."""
-        return self._answer(config, {"method": method, **options})
+        return self._answer(config, {"method": method, "percentile": percentile, "sigma": sigma})
 
-    def qparams(self, config: QuantConfig, method: ObserverMethod | str = "kl", **options: float) -> QParams:
+    def qparams(
+        self,
+        config: QuantConfig,
+        method: ObserverMethod | str = ObserverMethod.KL,
+        *,
+        percentile: float = DEFAULT_PERCENTILE,
+        sigma: float = DEFAULT_SIGMA,
+    ) -> QParams:
         """Return the scale and zero point that `method` gives.
 
         Parameters
@@ -644,7 +651,8 @@ class CalibrationCollector(_HistogramObserver):
         ValueError
             For an unknown method, an option out of range, or a config of another granularity or axis.
         """
-        return qparams_from_range(*self.calibrated_range(config, method, **options), config)
+        ends = self.calibrated_range(config, method, percentile=percentile, sigma=sigma)
+        return qparams_from_range(*ends, config)
 
     def min_max_scale(self, config: QuantConfig | None = None) -> NDArray[np.float32]:
         """Return the scale of the whole range; symmetric int8 (per channel with an axis) unless `config` says else."""

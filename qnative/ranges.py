@@ -101,7 +101,12 @@ def kl_range(h: Histogram, low: F64, high: F64, config: QuantConfig) -> Ends:
         starts = np.arange(1, len(levels)) / len(levels)
     edges = np.concatenate([[0.0], starts, [1.0]])
     out_low, out_high = low.copy(), high.copy()
-    width = h.width
+
+    def edge(c: int, bins: int) -> float:
+        """So many bins from zero. The width alone may underflow, and the end beyond the last bin overflow."""
+        with np.errstate(over="ignore"):
+            return float(np.ldexp(float(bins), h.exponent[c] - SIDE_BITS))
+
     for c in range(len(low)):
         if low[c] == high[c] == 0.0:
             continue
@@ -109,14 +114,14 @@ def kl_range(h: Histogram, low: F64, high: F64, config: QuantConfig) -> Ends:
         if config.is_symmetric:
             divergence = _Divergence(negative + positive, edges)
             _, stop = divergence.search_high(0, 0)
-            out_high[c] = min(stop * width[c], max(-low[c], high[c]))
+            out_high[c] = min(edge(c, stop), max(-low[c], high[c]))
             out_low[c] = -out_high[c]
         else:
             divergence = _Divergence(np.concatenate([negative[::-1], positive]), edges)
             first, stop = divergence.search_both(SIDE)
             # The ends of the data where nothing is cut, and where the last bin kept reaches beyond them.
-            out_low[c] = max((first - SIDE) * width[c], low[c])
-            out_high[c] = min((stop - SIDE) * width[c], high[c])
+            out_low[c] = max(edge(c, first - SIDE), low[c])
+            out_high[c] = min(edge(c, stop - SIDE), high[c])
     return out_low, out_high
 
 

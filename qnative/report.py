@@ -322,6 +322,10 @@ def _config_name(rows: Sequence[LayerReport]) -> str:
     return next(iter(names)) if len(names) == 1 else f"{len(names)} configurations"
 
 
+def _sqnr_text(report: LayerReport) -> str:
+    return f"{report.sqnr:.1f}" if math.isfinite(report.sqnr) else "exact" if report.sqnr > 0 else "lost"
+
+
 def _clean(axes: Axes, grid: str | None = None) -> None:
     for side in ("top", "right", "left", "bottom"):
         axes.spines[side].set_visible(False)
@@ -338,8 +342,7 @@ def _draw_bars(axes: Axes, rows: Sequence[LayerReport]) -> None:
     lengths = [min(max(r.sqnr, 0.0), longest) for r in rows]  # exact layers as long as the best of the others
     axes.barh(range(len(rows)), lengths, height=0.72, color=[_WEAK if i in weak else _BAR for i in range(len(rows))])
     for i, report in enumerate(rows):
-        text = f"{report.sqnr:.1f}" if math.isfinite(report.sqnr) else "exact" if report.sqnr > 0 else "lost"
-        axes.text(lengths[i] + longest * 0.01, i, text, va="center", ha="left", fontsize=7.5, color=_INK)
+        axes.text(lengths[i] + longest * 0.01, i, _sqnr_text(report), va="center", ha="left", fontsize=7.5, color=_INK)
     axes.set_yticks(range(len(rows)), [_plain(r.name, 44) for r in rows])
     for label in axes.get_yticklabels():
         label.set_parse_math(False)
@@ -396,7 +399,7 @@ def _draw_histogram(axes: Axes, report: LayerReport, which: str) -> None:
     _label_codes(axes, report)
     axes.margins(x=0.01)
     axes.set_title(f"{which}: {_plain(report.name, 44)}", loc="left", fontsize=9, color=_INK, parse_math=False)
-    sqnr = f"{report.sqnr:.1f} dB" if math.isfinite(report.sqnr) else "exact"
-    note = f"{sqnr}, {report.bits_per_weight:.2f} bits a weight, entropy {report.entropy:.2f} bits"
+    unit = " dB" if math.isfinite(report.sqnr) else ""
+    note = f"{_sqnr_text(report)}{unit}, {report.bits_per_weight:.2f} bits a weight, entropy {report.entropy:.2f} bits"
     axes.set_xlabel(note, fontsize=8, color=_QUIET, loc="left")
     axes.set_ylabel("% of the weights", fontsize=8, color=_QUIET)

@@ -47,13 +47,18 @@ SIDE = 1 << SIDE_BITS
 LEAST_EXPONENT = -1073
 #: Elements worked on at a time, so that temporaries stay in the cache whatever the batch.
 SLAB = 1 << 16
+#: And never more, whatever a statistic would like.
+MOST = 1 << 20
 
 
 # Walking over an array
 
 
 def pieces(x: NDArray[Any], whole: tuple[int, ...], size: int) -> Iterator[NDArray[Any]]:
-    """Cut `x` along its longest dimension, the axes in `whole` excepted, into float arrays of about `size` elements."""
+    """Cut `x` along one dimension, the axes in `whole` excepted, into float arrays of about `size` elements.
+
+    The first dimension that gives pieces so small, as these lie in one piece in memory; else the longest.
+    """
     if not whole and x.flags.c_contiguous:
         x = x.reshape(-1)
     kept = {axis % x.ndim for axis in whole}
@@ -61,18 +66,21 @@ def pieces(x: NDArray[Any], whole: tuple[int, ...], size: int) -> Iterator[NDArr
     if not any(lengths):  # 0-d, or nothing to cut
         yield as_float_array(x)
         return
-    cut = int(np.argmax(lengths))
+    cut = next((d for d, n in enumerate(lengths) if n * size >= x.size), int(np.argmax(lengths)))
     step = max(size * lengths[cut] // x.size, 1)
     for i in range(0, lengths[cut], step):
         yield as_float_array(x[(slice(None),) * cut + (slice(i, i + step),)])
 
 
-def rows_of(x: NDArray[Any], axis: int | None, size: int) -> Iterator[NDArray[Any]]:
-    """Cut `x` into float arrays of shape (channels, n), (1, n) when `axis` is None, of about `size` elements each.
+def rows_of(x: NDArray[Any], axis: int | None, size: int, each: int) -> Iterator[NDArray[Any]]:
+    """Cut `x` into float arrays of shape (channels, n), (1, n) when `axis` is None, of about `size` elements.
 
-    (Of `SLAB` elements at most where that takes a copy.)
+    Of `SLAB` elements at most where that takes a copy; of more where there are so many channels that n would else be less than
+    `each`.
     """
-    if axis is not None or not x.flags.c_contiguous or x.dtype not in (np.float32, np.float64):
+    if axis is not None:
+        size = min(max(SLAB, each * x.shape[axis]), MOST)
+    elif not x.flags.c_contiguous or x.dtype not in (np.float32, np.float64):
         size = min(size, SLAB)
     for piece in pieces(x, () if axis is None else (axis,), size):
         if axis is None:
@@ -118,6 +126,8 @@ class Statistic(ABC):
     reads_values: ClassVar[bool] = True
     #: Elements that `add` is best given.
     slab: ClassVar[int] = SLAB
+    #: Values of a channel that `add` wants at a time, so that what is kept of a channel stays in the cache meanwhile.
+    each: ClassVar[int] = 0
 
     @abstractmethod
     def start(self, low: F64, high: F64) -> None:
@@ -160,6 +170,7 @@ class Histogram(Statistic):
 
     fields = ("counts", "zeros", "exponent")
     slab = 16 * SLAB  # it makes no temporaries
+    each = 1 << 12
 
     def __init__(self, channels: int) -> None:
         self.counts = np.zeros((channels, 2, SIDE), np.int64)

@@ -273,15 +273,15 @@ def error_measures(x: ArrayLike, q: QuantizedTensor) -> dict[str, float]:
     original = x if isinstance(x, np.ndarray) else np.asarray(x)
     if original.shape != q.shape:
         raise ValueError(f"x has shape {original.shape}; the tensor has {q.shape}")
-    if len(q.shape) == 0:
-        pairs = iter([(original, _decode(q.codes, q.config.info, q.scale, q.zero_point, Granules.of(())))])
-    else:
-        pairs = ((original[rows], q._rows(rows)) for rows in q._row_slices())
-    xx = dd = yy = xy = worst = 0.0
-    for block, decoded in pairs:
-        sums = error_sums(as_float_array(block), decoded)
-        xx, dd, yy, xy = xx + sums[0], dd + sums[1], yy + sums[2], xy + sums[3]
-        worst = max(worst, sums[4])
+
+    def pairs() -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+        if len(q.shape) == 0:
+            yield as_float_array(original), _decode(q.codes, q.config.info, q.scale, q.zero_point, Granules.of(()))
+            return
+        for rows in q._row_slices():
+            yield as_float_array(original[rows]), q._rows(rows)
+
+    xx, dd, yy, xy, worst = error_sums(pairs)
     cosine = xy / math.sqrt(xx * yy) if xx and yy else float(xx == yy)
     return {"sqnr": decibel(xx, dd), "cosine": cosine, "max_error": worst}
 

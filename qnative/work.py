@@ -27,6 +27,8 @@ def map_ordered(
     if executor is None:
         yield from map(function, items)
         return
+    if not callable(getattr(executor, "submit", None)):
+        raise TypeError(f"executor must be a concurrent.futures.Executor (or None), not {type(executor).__name__}")
     if in_flight is None:
         workers = getattr(executor, "_max_workers", None)
         in_flight = 1 + workers if isinstance(workers, int) else 64

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from test_fake_quant import import_torch
 
 from qnative.calibration import (
     CalibrationDataset,
@@ -25,7 +26,7 @@ from qnative.calibration import (
     calibrate_model,
 )
 from qnative.config import ObserverMethod, QParams, QuantConfig, qparams_from_range
-from qnative.elementwise import fake_quantize
+from qnative.elementwise import fake_quantize, sqnr
 from qnative.linear import QuantizedLinear
 from qnative.observers import make_observer
 from qnative.output_error import OutputError
@@ -117,14 +118,106 @@ def test_a_memory_mapped_array_is_read_piece_by_piece_and_sent_by_name(tmp_path:
         received = pickle.loads(sent)
         assert all(isinstance(batch, np.memmap) for batch in received)
         np.testing.assert_array_equal(np.concatenate(list(received)), x)
-    # A slice of a map does not know where it begins in the file, and goes as data.
-    np.testing.assert_array_equal(
-        np.concatenate(list(pickle.loads(pickle.dumps(CalibrationDataset(mapped[7:9]))))), x[7:9]
-    )
     raw = np.memmap(tmp_path / "raw", np.float32, "w+", 64, (3, 5))
     raw[...] = 7.0
     raw.flush()
     assert next(iter(pickle.loads(pickle.dumps(CalibrationDataset(raw))))).tolist() == [[7.0] * 5] * 3
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_a_part_of_a_map_goes_by_name_where_it_lies_in_one_piece(tmp_path: Path, order: str) -> None:
+    x = np.random.default_rng(2).standard_normal((60, 500)).astype(np.float32)
+    np.save(tmp_path / "x.npy", np.asarray(x, order=order))
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    raw = np.memmap(tmp_path / "raw", np.float32, "w+", 12, (30, 1000))
+    raw[...] = x.reshape(30, 1000)
+    some = mapped[7:] if order == "C" else mapped[:, 7:]
+    for view in (
+        some,
+        some[1:] if order == "C" else some[:, 1:],
+        mapped.T,
+        np.asarray(mapped),
+        raw[3:].reshape(-1, 50),
+    ):
+        sent = pickle.dumps(CalibrationDataset(view))
+        assert len(sent) < 1000
+        (received,) = pickle.loads(sent)
+        assert isinstance(received, np.memmap)
+        np.testing.assert_array_equal(received, view)
+    changed = np.load(tmp_path / "x.npy", mmap_mode="c")
+    changed[5] = 77.0  # in memory alone
+    for view in (mapped[::2], mapped[::-1], mapped[3:4, 5:6][:0], changed, changed[5:], np.array(x, subok=True)):
+        (received,) = pickle.loads(pickle.dumps(CalibrationDataset(view)))
+        np.testing.assert_array_equal(received, view)
+
+
+def test_a_path_is_sent_as_an_absolute_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.save(tmp_path / "x.npy", np.float32([1.0]))
+    monkeypatch.chdir(tmp_path)
+    sent = pickle.dumps(CalibrationDataset("x.npy"))
+    monkeypatch.chdir("/")
+    assert [batch.tolist() for batch in pickle.loads(sent)] == [[1.0]]
+
+
+def test_files_that_are_no_array_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "several.npz", a=np.ones(3), b=np.ones(2))
+    np.save(tmp_path / "number.npy", np.float32(3.0))
+    np.save(tmp_path / "objects.npy", np.array([None]))
+    (tmp_path / "raw").write_bytes(b"12345678")
+    for name, batch_size, error, remedy in (
+        ("several.npz", None, TypeError, r"several arrays.*\[name\]"),
+        ("number.npy", 4, ValueError, "first axis"),
+        ("objects.npy", None, ValueError, "no .npy file of numbers"),
+        ("raw", None, ValueError, r"raw is no .npy file.*np.memmap"),
+        ("absent.npy", None, FileNotFoundError, "absent"),
+    ):
+        with pytest.raises(error, match=remedy):
+            calibrate_layer(CalibrationDataset(tmp_path / name, batch_size))
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        [np.ones((3, 2)), np.ones(3)],  # as a loader of training data gives inputs and targets
+        {"input": np.ones(3)},
+        "x.npy",
+        np.array([None]),
+    ],
+    ids=["pair", "mapping", "path", "objects"],
+)
+def test_a_batch_that_is_not_one_array_is_refused_and_the_error_tells_which(batch: Any) -> None:
+    for executor in (None, Recording()):
+        with pytest.raises(TypeError, match=f"a {type(batch).__name__}; .* pick that") as caught:
+            calibrate_layer([np.ones(3), batch], executor=executor)
+        assert caught.value.__notes__ == ["at batch 1 (counted from 0)"]
+    assert calibrate_layer([[1.0, 3.0], (0.0, -2.0)], method="min_max").qparams == qparams_from_range(-2.0, 3.0, UINT8)
+
+
+def test_arguments_that_mean_nothing_are_refused_before_the_data_is_gone_through() -> None:
+    def never() -> Iterator[Any]:
+        raise AssertionError("the data was gone through")
+        yield
+
+    groups = QuantConfig.int4_per_group()
+    for options, error, match in (
+        ({"config": "uint8"}, TypeError, r"QuantConfig\('uint8'\)"),
+        ({"config": groups}, ValueError, "not a group"),
+        ({"executor": 4}, TypeError, "executor"),
+        ({"method": "entropy"}, ValueError, "choose one of"),
+        ({"percentile": 99.0}, TypeError, "no option 'percentile'"),
+    ):
+        with pytest.raises(error, match=match):
+            calibrate_layer(never, **options)
+        with pytest.raises(error, match=match):
+            calibrate_model({"a": never}, **options)
+    with pytest.raises(TypeError, match="mapping"):
+        calibrate_model([np.ones(3)])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="not a group"):
+        Calibrator(groups)
+    for bad in ({"config": "uint8"}, {"weight_config": "int8"}):
+        with pytest.raises(TypeError, match="QuantConfig"):
+            Calibrator(**bad)
+    assert Calibrator(weight_config=groups).weight_config == groups
 
 
 def test_bad_datasets_are_refused() -> None:
@@ -280,6 +373,21 @@ def test_the_output_error_of_a_mapped_array_is_measured_piece_by_piece(tmp_path:
     small = np.asarray(x[:2000]).reshape(2, 1000, 64)
     alone = fake_quantize(small, channels.scale, channels.zero_point, "uint8", -1) - small
     np.testing.assert_allclose(error(small, [channels]), np.square(alone @ weight.T, dtype=np.float64).sum(), rtol=1e-4)
+
+
+def test_output_aware_passes_over_scales_that_cannot_be_stored() -> None:
+    """Half of this range has a scale that float16 cannot hold."""
+    batches, weight = outlier_case()
+    tiny = [batch * np.float32(1e-7) for batch in batches]
+    amax = max(float(np.abs(batch).max()) for batch in tiny)
+    config = QuantConfig("int8", scale_dtype="float16")
+    tiny = [batch * np.float32(127 * 5e-8 / amax) for batch in tiny]
+    plain = calibrate_layer(tiny, config, "min_max").qparams
+    spec = calibrate_layer(tiny, config, "min_max", weight)
+    every = np.concatenate(tiny)
+    assert output_error(every, spec.qparams, weight) <= output_error(every, plain, weight)
+    with pytest.raises(ValueError, match="underflows float16"):
+        calibrate_layer([batch * np.float32(0.1) for batch in tiny], config, "min_max", weight)
 
 
 def test_output_aware_says_what_it_needs() -> None:
@@ -508,6 +616,58 @@ def test_calibrators_of_shards_merge_into_one() -> None:
         total.merge(Calibrator(QuantConfig.int8()))
 
 
+def test_a_merge_that_is_refused_changes_nothing() -> None:
+    config = QuantConfig.int8_per_channel(axis=-1)
+    one, other = Calibrator(config), Calibrator(config)
+    for name in ("first", "second"):
+        one.record_activations(name, np.ones((3, 2)))
+    other.record_activations("first", np.ones((3, 2)))
+    other.record_activations("second", np.ones((3, 3)))
+    other.record_activations("third", np.ones((3, 3)))
+    with pytest.raises(ValueError, match="3 channels into one of 2") as caught:
+        one.merge(other)
+    assert caught.value.__notes__ == ["while calibrating 'second'"]
+    assert list(one.finish()) == ["first", "second"]
+    assert [collector.count for collector in one._collectors.values()] == [6, 6]
+    assert one._collectors["first"].qparams(config) == other._collectors["first"].qparams(config)
+    assert one.merge(one)._collectors["first"].count == 12
+    with pytest.raises(TypeError, match="Calibrator"):
+        one.merge(one._collectors)  # type: ignore[arg-type]
+
+
+def test_a_merge_brings_what_only_the_other_has() -> None:
+    one, other = Calibrator(), Calibrator()
+    one.record_activations("a", np.ones(3))
+    other.record_activations("b", np.full(3, 2.0))
+    other.record_layer("c", np.float32([[1.0, -3.0]]))
+    found = one.merge(other).finish()
+    assert list(found) == ["a", "b", "c"]
+    assert (found["b"].activation_max, found["c"].weight_min) == (2.0, -3.0)
+    assert list(one.specs("min_max")) == ["a", "b"]
+
+
+def test_what_is_merged_into_a_calibrator_is_its_own() -> None:
+    one, other = Calibrator(), Calibrator()
+    other.record_activations("a", np.ones(3))
+    one.merge(other)
+    other.record_activations("a", np.full(3, 9.0))
+    assert one.finish()["a"].activation_max == 1.0 and other.finish()["a"].activation_max == 9.0
+
+
+def test_a_channel_without_a_finite_value_has_no_scale_and_the_others_have_ends() -> None:
+    calibrator = Calibrator(QuantConfig.int8_per_channel(axis=-1), nonfinite="skip")
+    calibrator.record_activations("a", np.array([[1.0, np.nan, -2.0]]))
+    found = calibrator.finish()["a"]
+    assert (found.activation_min, found.activation_max) == (-2.0, 1.0)
+    with pytest.raises(RuntimeError, match="1 of its 3 channels") as caught:
+        calibrator.specs()
+    assert caught.value.__notes__ == ["while calibrating 'a'"]
+    calibrator.record_activations("a", np.zeros((1, 3)))
+    assert calibrator.specs()["a"].qparams.scale.shape == (3,)
+    with pytest.raises(TypeError, match="percentil"):
+        calibrator.specs("percentile", percentil=9.0)
+
+
 def test_a_calibrator_skips_or_refuses_bad_values() -> None:
     dirty = np.float32([1.0, np.inf])
     with pytest.raises(ValueError, match="NaN or infinite"):
@@ -521,13 +681,34 @@ def test_a_calibrator_skips_or_refuses_bad_values() -> None:
 # The document
 
 
+def blocks_of_the_document() -> list[str]:
+    document = Path(__file__).parents[1] / "docs" / "calibration.md"
+    return re.findall(r"```python\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL)
+
+
 def test_what_the_document_shows_runs() -> None:
     """One block after the other; those for processes say so themselves, and are theirs to run."""
-    document = Path(__file__).parents[1] / "docs" / "calibration.md"
     namespace: dict[str, Any] = {"__name__": "document"}
-    for block in re.findall(r"```python\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL):
-        if "from distributed" not in block:
+    for block in blocks_of_the_document():
+        if "from distributed" not in block and "import torch" not in block:
             exec(block, namespace)
     assert namespace["y"].shape == (100, 64)
     assert set(namespace["specs"]) == {"ffn"}
     assert namespace["calibrator"].finish()["ffn"].activation_max == max(x.max() for x in namespace["batches"])
+
+
+@pytest.mark.filterwarnings("default")
+def test_what_the_document_shows_of_pytorch_runs() -> None:
+    torch = import_torch()
+    blocks = blocks_of_the_document()
+    namespace: dict[str, Any] = {"__name__": "document"}
+    for block in (blocks[0], *(block for block in blocks if "import torch" in block)):
+        exec(block, namespace)
+    net, model = namespace["net"], namespace["model"]
+    assert not any(layer._forward_pre_hooks for layer in net)
+    assert namespace["calibrator"].finish()["0"].activation_max == max(x.max() for x in namespace["batches"])
+    x = namespace["batches"][0]
+    with torch.no_grad():
+        hidden, exact = net[1](net[0](torch.from_numpy(x))).numpy(), net(torch.from_numpy(x)).numpy()
+    assert sqnr(exact, model["2"](hidden)) > 30
+    assert {layer.activations.dtype for layer in (model["0"], model["2"])} == {"uint8"}

@@ -290,6 +290,15 @@ def test_nan_and_inf(dtype: str, kind: Any) -> None:
     low, high = ref.code_range(dtype)
     assert (decoded[2::6] == (high - (zero or 0)) * 0.5).all()
     assert (decoded[3::6] == (low - (zero or 0)) * 0.5).all()
+    fake = qn.fake_quantize(x, 0.5, zero, dtype, nan="zero")
+    with np.errstate(over="ignore"):
+        ref.assert_same_bits(fake, decoded.astype(kind))
+    out = np.zeros_like(fake)
+    assert qn.fake_quantize(x, 0.5, zero, dtype, nan="zero", out=out) is out
+    ref.assert_same_bits(out, fake)
+    for call in (qn.quantize, qn.fake_quantize):
+        with pytest.raises(ValueError, match=r"\b45 of 54\b"):
+            call(x, 0.5, zero, dtype)
     with pytest.raises(ValueError, match="nan="):
         qn.quantize(x, 0.5, zero, dtype, nan="ignore")
 
@@ -359,7 +368,16 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [np.arange(4), np.ones(3, complex), np.array([None]), np.array(["1.0"]), np.ones(2, bool)], ids=repr
+    "bad",
+    [
+        np.arange(4),
+        np.ones(3, complex),
+        np.array([None]),
+        np.array(["1.0"]),
+        np.ones(2, bool),
+        *([np.ones(2, np.longdouble)] if np.finfo(np.longdouble).bits > 64 else []),
+    ],
+    ids=repr,
 )
 def test_only_floats_are_quantized(bad: Any) -> None:
     for call in (qn.quantize, qn.fake_quantize):
@@ -437,6 +455,23 @@ def test_out_is_filled_and_returned() -> None:
     assert (large[:, 36:] == 99).all()
 
 
+@pytest.mark.parametrize("layout", ["unaligned", "strided", "reversed", "fortran"])
+def test_out_of_any_memory_layout(layout: str) -> None:
+    x = np.random.default_rng(1).standard_normal((7, 33)).astype(np.float32)
+    codes = qn.quantize(x, 0.02)
+    halves = qn.encode(x, "float16")
+    for call, expected in (
+        (lambda out: qn.quantize(x, 0.02, out=out), codes),
+        (lambda out: qn.dequantize(codes, 0.02, out=out), qn.dequantize(codes, 0.02)),
+        (lambda out: qn.fake_quantize(x, 0.02, out=out), qn.fake_quantize(x, 0.02)),
+        (lambda out: qn.encode(x, "float16", out=out), halves),
+        (lambda out: qn.decode(halves, "float16", out=out), qn.decode(halves, "float16")),
+    ):
+        out = lay_out(np.zeros_like(expected), layout)
+        assert call(out) is out
+        ref.assert_same_bits(np.ascontiguousarray(out), expected)
+
+
 def test_out_that_does_not_fit_is_refused() -> None:
     x = np.ones((4, 6), np.float32)
     read_only = np.zeros(x.shape, np.int8)
@@ -467,6 +502,15 @@ def test_out_that_overlaps_the_input() -> None:
         assert "overlap" in str(error)
     else:
         ref.assert_same_bits(out, expected)
+
+
+@pytest.mark.parametrize("kind", FLOATS)
+def test_a_numpy_scalar_keeps_its_dtype(kind: Any) -> None:
+    x = np.dtype(kind).type(0.3)
+    fake = qn.fake_quantize(x, 0.125)
+    assert fake.dtype == np.dtype(kind)
+    assert fake == 0.25
+    assert qn.fake_quantize(0.3, 0.125).dtype == np.float32
 
 
 def test_inputs_are_left_alone() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import doctest
-import importlib
 import math
 import os
 import pickle
@@ -819,10 +817,3 @@ def test_gradients_equal_pytorchs(kind: tuple[str, str], form: str, seed: int) -
     if mode == "asymmetric":
         bound = expected.dz_size * 2.0**-20 + 1e-30
         assert np.all(np.abs(given_z.grad.numpy().reshape(fq.scale.shape) - fq.grads["zero_point"]) <= bound)
-
-
-@pytest.mark.parametrize("name", ["fake_quant", "qat"])
-def test_examples_in_docstrings(name: str) -> None:
-    module = importlib.import_module(f"qnative.{name}")
-    found = doctest.testmod(module)
-    assert found.attempted > 5 and not found.failed

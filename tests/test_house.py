@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import doctest
 import importlib
 import inspect
 import re
@@ -243,3 +244,12 @@ def test_wheel_has_types_and_no_sources() -> None:
         assert found, f"package-data lists {package}: {pattern}, which matches nothing"
         assert all(path.suffix in {".pyi", ".typed"} for path in found)
     assert (PACKAGE / "py.typed").is_file()
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in sorted(PACKAGE.glob("*.py")) if ">>>" in p.read_text()], ids=lambda p: p.stem
+)
+def test_examples_in_docstrings(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # some save a file
+    found = doctest.testmod(importlib.import_module(f"qnative.{path.stem}"))
+    assert found.attempted and not found.failed

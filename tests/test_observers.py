@@ -255,6 +255,20 @@ def test_growing_forgets_nothing(batches: Any, dtypes: Any) -> None:
     assert histogram.counts[0, 0].sum() == negative, "a value too small for its bin keeps its sign"
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("method", EXACT)
+def test_which_zero_came_first_does_not_show(method: str, dtype: Any) -> None:
+    one, other = (np.array([zero, 1.0], dtype) for zero in (0.0, -0.0))
+    states = [observed(method, *batches) for batches in ((one, other), (other, one), (other,), (other, -other))]
+    assert_same_state(states[0], states[1])
+    assert_same_state(states[0], observed(method, other).merge(observed(method, one)))
+    for state in states[:3]:
+        low, high = state.range
+        assert (float(low), float(high), bool(np.signbit(low))) == (0.0, 1.0, False)
+    for batches in ((-one, -other), (-other, -one)):
+        assert not np.signbit(observed(method, *batches).max_val)
+
+
 def test_float64_beyond_float32_is_counted_exactly() -> None:
     wide = observed("kl", np.array([1e300, -1e-300, 5e-324, 0.0]), np.float32([1.0, -1e-45]))
     histogram = histogram_of(wide)
@@ -492,9 +506,15 @@ def test_percentile_is_of_the_stream_and_not_of_its_batches() -> None:
 
 
 def divergence(
-    h: NDArray[np.int64], first: int, stop: int, levels: int, fold: bool = True, skip_empty: bool = True
+    h: NDArray[np.int64],
+    first: int,
+    stop: int,
+    levels: int,
+    fold: bool = True,
+    skip_empty: bool = True,
+    starts: NDArray[np.float64] | None = None,
 ) -> float:
-    """KL(P || Q), as NUMERICS writes it, bin by bin."""
+    """KL(P || Q), as it is defined, bin by bin; `starts`: where levels after the first begin, in fractions."""
     q_source = h[first:stop].astype(np.float64)
     p = q_source.copy()
     if fold:
@@ -502,6 +522,8 @@ def divergence(
         p[-1] += h[stop:].sum()
     q = np.zeros_like(q_source)
     level = np.arange(stop - first) * levels // (stop - first)
+    if starts is not None:
+        level = np.searchsorted(starts * (stop - first), np.arange(stop - first), side="right")
     for v in range(levels):
         here = level == v
         takes = here & (q_source > 0) if skip_empty else here
@@ -543,6 +565,26 @@ def test_kl_threshold_is_the_best_of_all_by_the_definition(name: str, config: Qu
     stops = np.unique(np.append(np.arange(levels, len(h) + 1, 41), [levels, chosen - 1, chosen, len(h)]))
     values = {int(s): divergence(h, 0, int(s), levels) for s in stops if levels <= s <= len(h)}
     assert values[chosen] <= min(values.values()) + 1e-9
+
+
+@pytest.mark.parametrize("name", ["gauss", "outlier", "laplace"])
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2"])
+def test_kl_of_float8_has_the_levels_that_rounding_to_its_codes_makes(name: str, dtype: str) -> None:
+    x = KL_DATA[name](np.random.default_rng(6))
+    observer = observed("kl", x)
+    width = float(histogram_of(observer).width[0])
+    codes = np.arange(128, dtype=np.uint8).view(getattr(ml_dtypes, dtype)).astype(np.float64)
+    values = codes[np.isfinite(codes)]
+    starts = (values[1:] + values[:-1]) / 2 / values[-1]
+    h = magnitude_counts(x, width)
+    threshold = float(observer.calibrated_range(QuantConfig.fp8(dtype))[1])
+    chosen = len(h) if threshold == np.abs(x).max() else round(threshold / width)
+    found = {
+        int(stop): divergence(h, 0, int(stop), len(values), starts=starts)
+        for stop in np.append(np.arange(len(values), len(h) + 1, 89), [chosen - 1, chosen, len(h)])
+        if len(values) <= stop <= len(h) and (np.count_nonzero(h[:stop]) >= len(values) or stop == len(h))
+    }
+    assert found[chosen] <= min(found.values()) + 1e-9
 
 
 @pytest.mark.parametrize("name", KL_DATA)
@@ -777,6 +819,24 @@ def test_data_at_the_ends_of_float64(method: str) -> None:
         observed(method, np.array([1.5e308, 1e308, 1.2e308])).qparams(UINT8)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("config", [UINT8, INT8, INT4.asymmetric(), QuantConfig.fp8()], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_range_is_one_where_bins_have_no_width_and_where_the_last_has_no_end(
+    method: str, config: QuantConfig
+) -> None:
+    smallest, largest = np.finfo(np.float64).smallest_subnormal, np.finfo(np.float64).max
+    for x in ([1.5617e-320], [-smallest], [smallest, -smallest, 1e-322], [1e-310, 3e-310]):
+        observer = observed(method, np.array(x))
+        low, high = observer.calibrated_range(config)
+        assert -max(map(abs, x)) <= low <= high <= max(map(abs, x))
+        assert observer.qparams(config).scale == np.finfo(np.float32).smallest_normal
+    if method != "mse":  # whose search is for a scale, which float32 cannot hold
+        for x in ([largest, -largest], [largest, 1.0], [-largest]):
+            low, high = observed(method, np.array(x)).calibrated_range(config)
+            assert -largest <= low <= high <= largest
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_unobserved_says_what_to_do(method: str) -> None:
     for observer in (make_observer(method), make_observer(method, axis=0), observed(method, [1.0])):
@@ -811,6 +871,68 @@ def test_configs_that_do_not_fit_the_observer_are_refused() -> None:
         channels.qparams(INT8.per_channel(1))
     with pytest.raises(TypeError):
         tensor.qparams("int8")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("way", ["observed", "merged", "merged into one that has none", "loaded"])
+def test_an_axis_from_the_other_end_is_the_same_for_all_batches_or_refused(way: str) -> None:
+    """The last of two axes is axis 1; the last of three is not, whichever came first, however it was learnt."""
+    for shapes, fits in (((2, 3), (4, 3)), True), (((2, 2, 3), (4, 3)), False), (((4, 3), (2, 2, 3)), False):
+        parts = [observed("min_max", np.ones(shape), axis=-1) for shape in shapes]
+        observer = make_observer("min_max", -1)
+        if way == "observed":
+            for shape in shapes:
+                observer.observe(np.ones(shape))
+        elif way == "merged":
+            observer = parts[0].merge(parts[1])
+        elif way == "merged into one that has none":
+            observer.merge(parts[0]).merge(parts[1])
+        else:
+            observer.load_state_dict(parts[0].merge(parts[1]).state_dict())
+        if fits:
+            assert observer.qparams(INT8.per_channel(1)).axis == 1
+        else:
+            with pytest.raises(ValueError, match="the same"):
+                observer.qparams(INT8.per_channel(1))
+    with pytest.raises(ValueError, match="the same"):
+        make_observer("min_max", -1).qparams(INT8.per_channel(1))
+
+
+@pytest.mark.parametrize("first", [[[1.0], [np.nan]], [[np.inf], [1.0]], [[np.nan], [-np.inf]]])
+@pytest.mark.parametrize("method", [*METHODS, "collector"])
+def test_a_channel_that_has_no_finite_value_at_first_is_as_if_it_came_later(method: str, first: Any) -> None:
+    def fresh() -> Observer:
+        if method == "collector":
+            return CalibrationCollector(0, nonfinite="skip")
+        return make_observer(method, 0, nonfinite="skip")
+
+    later = np.array([[3.0, 4.0, 0.0], [-5.0, 7.0, 1.0]])
+    apart, together = fresh(), fresh()
+    for batch in (np.array(first), later):
+        together.observe(batch)
+        part = fresh()
+        part.observe(batch)
+        apart.merge(part)
+    assert_same_state(apart, together)
+    for channel in range(2):
+        alone = fresh()
+        for batch in (np.array(first), later):
+            if np.isfinite(batch[channel]).any():
+                alone.observe(batch[channel : channel + 1])
+        config = INT4.asymmetric().per_channel(0)
+        np.testing.assert_allclose(
+            np.array(together.calibrated_range(config))[:, channel],
+            np.array(alone.calibrated_range(config))[:, 0],
+            rtol=1e-12,
+        )
+
+
+def test_what_was_skipped_is_counted_over_shards() -> None:
+    one, other = (observed("min_max", [1.0, np.nan, bad], nonfinite="skip") for bad in (np.inf, 2.0))
+    assert (one.skipped, other.skipped) == (2, 1)
+    assert (one.merge(other).skipped, one.count) == (3, 3)
+    again = make_observer("min_max")
+    again.load_state_dict(one.state_dict())
+    assert (again.skipped, again.count) == (3, 3)
 
 
 def test_batches_that_do_not_fit_are_refused_and_change_nothing() -> None:
@@ -913,6 +1035,32 @@ def test_a_spoilt_state_is_refused_and_changes_nothing(spoil: Any) -> None:
     with pytest.raises(ValueError):
         observer.load_state_dict(state)
     assert pickle.dumps(observer.state_dict()) == before
+
+
+@pytest.mark.parametrize(
+    ("method", "field", "value"),
+    [
+        ("mean_std", "moments.numbers", np.array([99])),
+        ("mean_std", "moments.squares", np.array([-1.0])),
+        ("moving_average", "averages.batches", np.array([0])),
+        ("moving_average", "averages.average_low", np.array([5.0])),
+        ("moving_average", "averages.average_high", np.array([np.nan])),
+        ("percentile", "histogram.zeros", np.array([-1])),
+    ],
+)
+def test_statistics_that_do_not_belong_to_their_ends_and_count_are_not_loaded(
+    method: str, field: str, value: NDArray[Any]
+) -> None:
+    state = observed(method, [-1.0, 2.0, 0.0]).state_dict()
+    make_observer(method).load_state_dict(state)
+    with pytest.raises(ValueError, match="does not belong"):
+        make_observer(method).load_state_dict({**state, field: value})
+
+
+def test_a_state_per_tensor_has_one_channel() -> None:
+    state = observed("min_max", [[1.0, 2.0], [3.0, 4.0]], axis=0).state_dict()
+    with pytest.raises(ValueError, match="1 per tensor"):
+        make_observer("min_max").load_state_dict({**state, "axis": None})
 
 
 def test_a_range_that_is_no_range_is_not_loaded() -> None:
@@ -1026,6 +1174,19 @@ def test_groups_get_what_each_would_get_alone(method: str, config: QuantConfig) 
             expected = observed(method, group).qparams(config.per_tensor())
             np.testing.assert_allclose(scales[where], expected.scale, rtol=1e-6)
             assert zeros[where] == expected.zero_point
+
+
+@pytest.mark.parametrize("method", ["min_max", "mse"])
+def test_groups_of_values_that_are_skipped(method: str) -> None:
+    """They count as nothing: neither do they have an error, nor a say in the ends."""
+    config = INT4.per_group(8)
+    w = np.random.default_rng(17).standard_normal((3, 24)).astype(np.float32)
+    dirty = w.copy()
+    w[0, 3] = w[2, 9] = 0.0
+    dirty[0, 3], dirty[2, 9] = np.nan, -np.inf
+    with pytest.raises(ValueError, match="2 of 72"):
+        observe_once(dirty, config, method)
+    assert observe_once(dirty, config, method, nonfinite="skip") == observe_once(w, config, method)
 
 
 @pytest.mark.parametrize("config", [INT4.per_group(32), INT4.asymmetric().per_group(32), INT4.per_channel(0)], ids=str)

@@ -217,6 +217,19 @@ def test_picture_shows_the_figures(tmp_path: Path) -> None:
         assert row.name in drawn and f">{row.sqnr:.1f}<" in drawn
 
 
+def test_picture_does_not_call_a_lost_layer_exact(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    import matplotlib
+
+    x = weights(4, 4)
+    rows = [report.report_tensor("w", np.zeros_like(x), qn.quantize_tensor(x))]
+    assert rows[0].sqnr == -math.inf
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        report.picture(rows, tmp_path / "p.svg")
+    drawn = (tmp_path / "p.svg").read_text()
+    assert "lost" in drawn and "exact" not in drawn
+
+
 def test_picture_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     x = weights(2, 2)
     rows = [report.report_tensor("w", x, qn.quantize_tensor(x))]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from qnative.config import ObserverMethod
 from qnative.observers import Observer, make_observer
-from qnative.streams import Averages, Histogram, Moments
+from qnative.streams import MOST, SLAB, Averages, Histogram, Moments, pieces, rows_of
 
 METHODS = [m.value for m in ObserverMethod]
 BATCHES = 16
@@ -87,6 +87,34 @@ def stream(method: str, axis: int | None, size: int, times: int) -> None:
         f"{method}: {observer.count:,} values, {observer.count / seconds / 1e6:.0f} million a second, resident "
         f"{before / 1e6:.1f} MB, at most {most / 1e6:.2f} MB more"
     )
+
+
+@pytest.mark.parametrize("shape", [(7, 3, 50, 50), (2, 400, 500), (3, 70_000), (70_000, 3), (1, 1), (300_000,)])
+@pytest.mark.parametrize("each", [0, 1 << 12])
+def test_an_array_is_cut_into_all_of_its_values(shape: tuple[int, ...], each: int) -> None:
+    x = np.random.default_rng(0).permutation(np.arange(np.prod(shape), dtype=np.float32)).reshape(shape)
+    for axis in (None, *range(x.ndim)):
+        for array in (x, np.asfortranarray(x)):
+            rows = list(rows_of(array, axis, each))
+            channels = 1 if axis is None else shape[axis]
+            assert all(r.ndim == 2 and len(r) == channels and r.flags.c_contiguous for r in rows)
+            wanted, least = SLAB, 1
+            if axis is not None:
+                wanted = min(max(SLAB, channels * each), MOST)
+                least = x.size // max(shape[:axis] + shape[axis + 1 :], default=1)  # one index of what can be cut
+            assert max(r.size for r in rows) <= max(wanted, least)
+            seen = np.sort(np.concatenate(rows, axis=1), axis=1)
+            whole = x.reshape(1, -1) if axis is None else np.moveaxis(x, axis, 0).reshape(channels, -1)
+            np.testing.assert_array_equal(seen, np.sort(whole, axis=1))
+
+
+def test_the_first_dimension_is_cut_where_it_gives_pieces_small_enough() -> None:
+    """They then lie in one piece in memory, and are not copied."""
+    x = np.zeros((8, 64, 56, 56), np.float32)
+    for size, shape in ((1 << 20, (5, 64, 56, 56)), (1 << 18, (1, 64, 56, 56)), (1 << 16, (8, 64, 2, 56))):
+        first = next(pieces(x, (1,), size))
+        assert first.shape == shape
+        assert np.shares_memory(first, x) == (shape[0] < 8)
 
 
 @pytest.mark.parametrize("axis", [None, 1])

@@ -240,6 +240,24 @@ def test_sizes(kind: Any) -> None:
         assert q.dequantize().dtype == x.dtype
 
 
+@pytest.mark.parametrize("power", [-1060, -600, -550, 550, 1000])
+def test_sqnr_where_squares_leave_float64(power: int) -> None:
+    """Lost data is not to be called kept: the square of 1e-170 is 0, and 0 / 0 would be no noise."""
+    x = np.random.default_rng(0).standard_normal(500)
+    y = np.rint(x * 64) / 64
+    far = [np.ldexp(v, power) for v in (x, y)]
+    assert qn.sqnr(*far) == pytest.approx(qn.sqnr(x, y), rel=0 if power > -1000 else 1e-3)
+    assert qn.sqnr(far[0], np.zeros_like(x)) == 0.0
+    assert qn.sqnr(far[0], far[0]) == qn.sqnr(np.zeros(3), np.zeros(3)) == math.inf
+    assert qn.sqnr(np.zeros_like(x), far[1]) == -math.inf
+    if power < 0:
+        for shape in ((500,), (20, 25)):
+            q = qn.quantize_tensor(far[0].reshape(shape), qn.QuantConfig.int8())
+            assert not q.dequantize().any()
+            assert q.sqnr(far[0].reshape(shape)) == 0.0
+    assert math.isnan(qn.sqnr([np.nan, np.ldexp(1.0, power)], [0.0, 0.0]))
+
+
 def test_sqnr() -> None:
     rng = np.random.default_rng(6)
     x = rng.standard_normal(5000).astype(np.float32)
