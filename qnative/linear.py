@@ -20,7 +20,7 @@ from qnative.tensor import (
     store_zero_point,
 )
 
-__all__ = ["ACTIVATIONS", "ACTIVATION_FUNCTIONS", "QuantizedLinear"]
+__all__ = ["ACTIVATIONS", "ACTIVATION_FUNCTIONS", "QuantizedLinear", "quantize_bias"]
 
 #: How a layer may quantize what it is given, besides statically (a `QParams`).
 ACTIVATIONS = ("dynamic", "dynamic_symmetric", "float")

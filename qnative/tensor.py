@@ -11,7 +11,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from qnative import _core
-from qnative.config import CodeDType, ObserverMethod, QParams, QuantConfig, check_scale, qparams_from_range
+from qnative.config import (
+    CodeDType,
+    ObserverMethod,
+    QParams,
+    QuantConfig,
+    check_config,
+    check_scale,
+    qparams_from_range,
+)
 from qnative.elementwise import (
     cast_floats,
     check_nan,
@@ -78,8 +86,7 @@ class QuantizedTensor:
         def put(name: str, value: object) -> None:
             object.__setattr__(self, name, value)
 
-        if not isinstance(self.config, QuantConfig):
-            raise TypeError(f"config must be a QuantConfig, not {type(self.config).__name__}")
+        check_config(self.config)
         if self.dtype not in ORIGINAL_DTYPES:
             raise ValueError(f"dtype={self.dtype!r} of the original is not one of {', '.join(ORIGINAL_DTYPES)}")
         put("shape", tuple(int(n) for n in self.shape))
@@ -338,7 +345,7 @@ def quantize_tensor(
     ValueError
         For NaN or infinities, a scale that cannot be stored, or qparams that do not fit.
     TypeError
-        If x is not of floats.
+        If x is not of floats, config no `QuantConfig` or qparams no `QParams`.
 
     Examples
     --------
@@ -347,9 +354,7 @@ def quantize_tensor(
     array([[  64, -127],
            [ 127,   16]], dtype=int8)
     """
-    config = QuantConfig.int8() if config is None else config
-    if not isinstance(config, QuantConfig):
-        raise TypeError(f"config must be a QuantConfig, not {type(config).__name__}")
+    config = QuantConfig.int8() if config is None else check_config(config)
     values = as_float_array(x)
     info, granules = config.info, Granules.of_config(values.shape, config)
     check_nan(nan)
@@ -382,6 +387,8 @@ def _find_qparams(values: NDArray[Any], config: QuantConfig, method: ObserverMet
 
 
 def _own_qparams(qparams: QParams, config: QuantConfig, granules: Granules, ndim: int) -> QParams:
+    if not isinstance(qparams, QParams):
+        raise TypeError(f"qparams must be a QParams, not {type(qparams).__name__}; wrap a scale: QParams(scale)")
     if qparams.dtype != config.dtype:
         raise ValueError(f"qparams are of {qparams.dtype}, the config of {config.dtype}; they must agree")
 
