@@ -95,10 +95,10 @@ static void wide_group(const qn_kernel *kernel, const qn_call *c, const qn_rows 
         int64_t zero = rows->zero[row + r];
         for (int n = 0; n < panels * QN_NR; n++) {
             const uint8_t *at = w->data + (panel + n / QN_NR) * w->panel_bytes;
-            int64_t entry = g * QN_NR + n % QN_NR, column = panel * QN_NR + n;
-            int64_t v = total[r * QN_TILE_COLS + n] - zero * ((const int32_t *)(at + w->sum_at))[entry];
+            int64_t column = panel * QN_NR + n;
+            int64_t v = total[r * QN_TILE_COLS + n] - zero * ((const int32_t *)(at + w->sum_at))[g * QN_NR + n % QN_NR];
             if (w->asymmetric)
-                v -= ((const int32_t *)(at + w->zero_at))[entry] * (rows->sum[(row + r) * rows->sum_row + g * rows->sum_group] - k * zero);
+                v -= qn_weight_zero(w, column, g) * (rows->sum[(row + r) * rows->sum_row + g * rows->sum_group] - k * zero);
             if (w->bias == QN_BIAS_INT32) v += ((const int32_t *)(at + w->bias_at))[n % QN_NR];
             if (c->output == QN_OUTPUT_ACC64 && column < w->n)
                 ((int64_t *)((uint8_t *)c->y + (rows->first + row + r) * c->y_stride))[g * w->n + column] = v;

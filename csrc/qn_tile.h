@@ -483,30 +483,10 @@ QN_ONCE void emit(const qn_call *c, const qn_rows *rows, int64_t row, int count,
 #undef EMIT
 }
 
-/* Of compact weights: the scales, zero points and sums of codes of a vector of columns, from column n of a panel on. */
-QN_INLINE VF compact_scale(const qn_weights *w, const uint8_t *panel, int n, int64_t g) {
-    int64_t at = g * QN_NR + n;
-    if (w->scale == QN_SCALE_FLOAT32) return vf_load((const float *)(const void *)(panel + w->scale_at) + at);
-    VU narrow = vu_load_u16((const uint16_t *)(const void *)(panel + w->scale_at) + at);
-    if (w->scale == QN_SCALE_BFLOAT16) return vf_bits(narrow << 16);
-    return vf_bits(narrow << 13) * vf_splat(0x1p112f);
-}
-
-QN_INLINE VU compact_zero(const qn_weights *w, const uint8_t *panel, int n, int64_t g) {
-    if (w->one_zero >= 0) return vu_splat((uint32_t)w->one_zero);
-#if QN_W == 16 /* both halves of the nibbles */
-    uint64_t nibbles, zeros[2];
-    memcpy(&nibbles, panel + w->zero_at + g * 8 + n, 8);
-    zeros[0] = nibbles & 0x0F0F0F0F0F0F0F0Fu;
-    zeros[1] = nibbles >> 4 & 0x0F0F0F0F0F0F0F0Fu;
-    return vu_load_u8((const uint8_t *)zeros);
-#else /* of a vector of 8 or 4, or of a single column */
-    VU nibbles = vu_load_u8(panel + w->zero_at + g * 8 + n % 8);
-    return (n < 8 ? nibbles : nibbles >> 4) & vu_splat(15);
-#endif
-}
-
-QN_INLINE VU compact_sum(const qn_weights *w, const uint8_t *panel, int n, int64_t g) {
+/* The sums of codes of a vector of columns: stored, or those of int4, which are soon found. */
+QN_INLINE VU sum_of_columns(const qn_weights *w, const uint8_t *panel, int n, int64_t g) {
+    if (w->has_sums) return vu_load((const uint32_t *)(const void *)(panel + w->sum_at) + g * QN_NR + n);
+    if (w->format != QN_INT4) return vu_splat(0);
     const uint8_t *b = panel + w->codes_at + g * w->group_k * QN_NR / 2 + n * QN_KR;
     VU sum = vu_splat(0), low = vu_splat(0x0F0F0F0Fu), even_bytes = vu_splat(0x00FF00FFu);
     for (int64_t k = 0; k < w->group_k; k += 2 * QN_KR, b += 64) {
@@ -517,18 +497,17 @@ QN_INLINE VU compact_sum(const qn_weights *w, const uint8_t *panel, int n, int64
     return (sum & vu_splat(0xFFFF)) + (sum >> 16);
 }
 
-/* What the columns of one vector have in common: terms of the epilogue that no row changes. */
+/* What the columns of one vector have in common: terms of the epilogue that no row changes; sums and zero points only for
+ * sums of products of integers. */
 typedef struct { VF scale, bias; VU code_sum, zero, int_bias; } column_terms;
 
-QN_INLINE column_terms terms_of_columns(const qn_weights *w, const uint8_t *panel, int n, int64_t g) {
+QN_INLINE column_terms terms_of_columns(const qn_weights *w, const uint8_t *panel, int n, int64_t g, const int integers) {
     column_terms t;
-    int64_t at = g * QN_NR + n;
-    int float8 = w->format >= QN_FLOAT8_E4M3FN;
-    t.scale = w->compact ? compact_scale(w, panel, n, g) : vf_load((const float *)(panel + w->scale_at) + at);
+    t.scale = scale_of_columns(w, panel, n, g);
     t.bias = w->bias == QN_BIAS_FLOAT32 ? vf_load((const float *)(panel + w->bias_at) + n) : vf_splat(-0.0f); /* x + -0 is x */
     t.int_bias = w->bias == QN_BIAS_INT32 ? vu_load((const uint32_t *)(panel + w->bias_at) + n) : vu_splat(0);
-    t.code_sum = float8 ? vu_splat(0) : w->compact ? compact_sum(w, panel, n, g) : vu_load((const uint32_t *)(panel + w->sum_at) + at);
-    t.zero = w->compact ? compact_zero(w, panel, n, g) : w->asymmetric ? vu_load((const uint32_t *)(panel + w->zero_at) + at) : vu_splat(0);
+    t.code_sum = integers ? sum_of_columns(w, panel, n, g) : vu_splat(0);
+    t.zero = integers ? zero_of_columns(w, panel, n, g) : vu_splat(0);
     return t;
 }
 
@@ -586,7 +565,7 @@ QN_INLINE void finish_tile(const int R, const int V, const qn_call *c, const qn_
 #pragma GCC unroll 8
     for (int v = 0; v < V; v++) {
         int n = (int)(column + v * QN_W) % QN_NR;
-        column_terms t = terms_of_columns(w, panel, n, 0);
+        column_terms t = terms_of_columns(w, panel, n, 0, 1);
         float *to = first + v * QN_W;
         if (V * QN_W % QN_NR != 0 && seldom) {
 #pragma GCC unroll 8
@@ -613,7 +592,7 @@ QN_INLINE void finish_columns(const qn_call *c, const qn_rows *rows, int64_t row
                               const epilogue_kind kind) {
     const qn_weights *w = c->w;
     int float_input = c->input == QN_INPUT_FLOAT, summed = !acc && !converted, add_sum = g > 0 && !float_input && !summed;
-    column_terms t = terms_of_columns(w, panel, n, g);
+    column_terms t = terms_of_columns(w, panel, n, g, acc != 0);
     for (int r = 0; r < count; r++, y += c->y_stride) {
         int64_t i = row + r, lane = (int64_t)r * QN_TILE_COLS + n;
         VF product;

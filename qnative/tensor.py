@@ -118,8 +118,16 @@ class QuantizedTensor:
             array.flags.writeable = False
             put(name, array)
         if check:
-            check_scale(self.scale)
+            if not self._has_valid_scales():
+                check_scale(self.scale)  # says which is not
             self._check_codes(info)
+
+    def _has_valid_scales(self) -> bool:
+        """Whether every scale is finite and > 0, which is a range of bits."""
+        stored, infinity = self.scale_data, {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}
+        bits = stored.view(np.uint32 if stored.itemsize == 4 else np.uint16)
+        one = bits.dtype.type(1)  # 0 wraps around
+        return bool(np.max(bits - one, initial=0) < infinity[self.config.scale_dtype] - 1)
 
     def _check_codes(self, info: CodeDType) -> None:
         low, high = self.config.quant_min, self.config.quant_max
@@ -130,9 +138,18 @@ class QuantizedTensor:
             raise ValueError(f"zero points {self.zero_point.min()}..{self.zero_point.max()} are outside {low}..{high}")
         if not info.is_float and low > info.min:  # elsewhere every stored code is in range
             for block in self._blocks():
-                codes = self._codes_of(block)
-                if codes.size and codes.min() < low:
-                    raise ValueError(f"code {codes.min()} is below quant_min {low} of {self.config}")
+                least = self._least_nibble(block) + info.min if info.bits == 4 else np.min(block, initial=info.max)
+                if least < low:
+                    raise ValueError(f"code {least} is below quant_min {low} of {self.config}")
+
+    def _least_nibble(self, words: NDArray[Any]) -> int:
+        """Return the least of packed codes, as they are packed, whatever pads their rows."""
+        rest = (self.shape[-1] if self.shape else 1) % 8
+        if rest:
+            words = words.copy()
+            words[..., -1] |= np.int32(-1 << 4 * rest)
+        pairs = words.view(np.uint8)
+        return int(min(np.min(pairs, initial=255) >> 4, np.min(pairs & np.uint8(15), initial=15)))
 
     def __reduce__(self) -> tuple[Any, ...]:
         parts = (self.data, self.scale_data, self.zero_point, self.shape, self.dtype, self.config, False)
