@@ -155,7 +155,7 @@ def exact_keys(found: Any, expected: Iterable[str], where: str) -> dict[str, Any
 
 def _dimensions(found: Any, where: str) -> tuple[int, ...]:
     """Return a shape: a short list of whole numbers >= 0."""
-    if not isinstance(found, list) or any(type(n) is not int or not 0 <= n < 1 << 63 for n in found):
+    if not isinstance(found, list) or any(type(n) is not int or n < 0 for n in found):
         raise FormatError(f"{where}: a shape must be a list of whole numbers, not {str(found)[:80]}")
     if len(found) > 64:
         raise FormatError(f"{where}: {len(found)} dimensions; an array has at most 64")

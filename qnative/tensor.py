@@ -388,6 +388,8 @@ def _find_qparams(values: NDArray[Any], config: QuantConfig, method: ObserverMet
 
 
 def _own_qparams(qparams: QParams, config: QuantConfig, granules: Granules, ndim: int) -> QParams:
+    if not isinstance(qparams, QParams):
+        raise TypeError(f"qparams must be a QParams, not {type(qparams).__name__}")
     if qparams.dtype != config.dtype:
         raise ValueError(f"qparams are of {qparams.dtype}, the config of {config.dtype}; they must agree")
 

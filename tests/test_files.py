@@ -290,11 +290,12 @@ except FormatError:
     assert int(done.stdout) * 1024 <= 2 * path.stat().st_size + 16 * MIB
 
 
-@pytest.mark.parametrize("dtype, shape", [("F32", [0, 2**62, 4]), ("F8_E4M3", [2**61, 0]), ("U8", [0, 2**59])])
+@pytest.mark.parametrize("dtype, shape", [("F32", [0, 2**62, 4]), ("F8_E4M3", [2**61, 0]), ("U8", [0, 2**64 - 1])])
 def test_empty_tensor_of_impossible_shape_is_listed_and_not_read(dtype: str, shape: list[int], tmp_path: Path) -> None:
     """Impossible in any dtype: what is read as bytes is float32 when it is looked up."""
     path = tmp_path / "x.safetensors"
     path.write_bytes(raw({"a": entry(dtype, shape, stop=0)}))
+    safetensors.deserialize(path.read_bytes())
     with SafetensorsFile(path) as file, pytest.raises(FormatError, match=r"a: shape .* beyond what an array can have"):
         file.read("a")
 
