@@ -17,6 +17,10 @@
  * vectors, k into groups, k-steps and the pieces of k that are decoded at a time. */
 enum { ROWS = 13, COLUMNS = 37, K = 133, GROUP = 32, THREADS = 3 };
 
+/* How int4 weights with small groups lie in memory: as others do, or with scales of their own width and half a byte a zero
+ * point (or one for all, or none), as Python makes them. */
+typedef enum { PLAIN, COMPACT_FLOAT32, COMPACT_FLOAT16, COMPACT_BFLOAT16, COMPACT_ONE_ZERO, COMPACT_SYMMETRIC, STORAGES } storage_kind;
+
 typedef struct {
     qn_format format;
     qn_input input;
@@ -24,6 +28,7 @@ typedef struct {
     qn_activation activation;
     int64_t group;
     int wide;
+    storage_kind storage;
 } layer_kind;
 
 static uint32_t next_random(void) {
@@ -50,33 +55,45 @@ static int8_t random_code(qn_format format) {
     return (int8_t)code;
 }
 
+/* A scale that its type holds exactly. */
+static float random_scale(qn_scale type) {
+    if (type == QN_SCALE_FLOAT16) return (float)(1 + next_random() % 2047) * 0x1p-17f;
+    if (type == QN_SCALE_BFLOAT16) return (float)(1 + next_random() % 255) * 0x1p-14f;
+    return 0.01f + 0.005f * random_float();
+}
+
 static void make_weights(qn_weights *w, const layer_kind *kind) {
+    int float8 = kind->format >= QN_FLOAT8_E4M3FN, compact = kind->storage != PLAIN;
     memset(w, 0, sizeof *w);
     w->format = kind->format;
     w->n = COLUMNS;
     w->k = K;
     w->group = kind->group;
-    w->asymmetric = kind->format == QN_INT8 || kind->format == QN_INT4;
+    w->asymmetric = !float8 && kind->storage != COMPACT_SYMMETRIC;
     w->bias = kind->output == QN_OUTPUT_ACC32 ? QN_NO_BIAS : QN_BIAS_FLOAT32;
+    w->compact = compact;
+    if (kind->storage == COMPACT_FLOAT16 || kind->storage == COMPACT_SYMMETRIC) w->scale = QN_SCALE_FLOAT16;
+    if (kind->storage == COMPACT_BFLOAT16) w->scale = QN_SCALE_BFLOAT16;
+    if (compact) w->one_zero = kind->storage == COMPACT_ONE_ZERO ? 9 : w->asymmetric ? -1 : 0;
     qn_weights_layout(w);
     w->data = aligned(w->panels * w->panel_bytes);
-    memset(w->data, 0, (size_t)(w->panels * w->panel_bytes));
-    int8_t codes[COLUMNS * K];
-    for (int i = 0; i < COLUMNS * K; i++) codes[i] = random_code(kind->format);
-    for (int64_t p = 0; p < w->panels; p++) {
-        int count = p < w->panels - 1 ? QN_NR : COLUMNS - (int)p * QN_NR;
-        uint8_t *panel = w->data + p * w->panel_bytes;
-        float *scale = (float *)(panel + w->scale_at), *bias = (float *)(panel + w->bias_at);
-        int32_t *zero = (int32_t *)(panel + w->zero_at);
-        qn_pack_panel(&qn_kernel_scalar, w, p, codes + p * QN_NR * K, K, count);
-        for (int n = 0; n < count; n++) {
-            if (w->bias != QN_NO_BIAS) bias[n] = random_float();
-            for (int64_t g = 0; g < w->groups; g++) {
-                scale[g * QN_NR + n] = 0.01f + 0.005f * random_float();
-                if (w->asymmetric) zero[g * QN_NR + n] = random_code(kind->format);
-            }
-        }
+    int64_t stride = kind->format == QN_INT4 ? (K + 1) / 2 : K, pairs = w->groups * COLUMNS;
+    uint8_t *codes = aligned(COLUMNS * stride);
+    float *scale = aligned(pairs * 4), bias[COLUMNS];
+    int32_t *zero = aligned(pairs * 4);
+    for (int64_t i = 0; i < COLUMNS * stride; i++)
+        codes[i] = kind->format == QN_INT4 ? (uint8_t)next_random() : (uint8_t)random_code(kind->format);
+    for (int i = 0; i < COLUMNS; i++) bias[i] = random_float();
+    for (int64_t i = 0; i < pairs; i++) {
+        scale[i] = random_scale(w->scale);
+        zero[i] = kind->storage == COMPACT_ONE_ZERO ? w->one_zero : float8 ? 0 : random_code(kind->format);
     }
+    qn_source source = {.codes = codes, .stride = stride, .scale = scale, .zero = w->asymmetric ? zero : NULL,
+                        .bias = w->bias == QN_NO_BIAS ? NULL : bias};
+    if (!qn_pack(&qn_kernel_scalar, w, &source, 1, qn_pool_run)) abort();
+    free(codes);
+    free(scale);
+    free(zero);
 }
 
 /* Codes, or floats of several sizes. */
@@ -121,9 +138,9 @@ static int run(const layer_kind *kind, uint64_t *hash) {
                 memcpy(expected, y, (size_t)y_bytes);
                 for (int64_t at = 0; at < y_bytes; at++) *hash = (*hash ^ y[at]) * 1099511628211ull; /* FNV-1a */
             } else if (memcmp(expected, y, (size_t)y_bytes) != 0) {
-                fprintf(stderr, "%s, %d threads differ: format %d, input %d, output %d, activation %d, groups of %d, wide %d\n",
+                fprintf(stderr, "%s, %d threads differ: format %d, input %d, output %d, activation %d, groups of %d, wide %d, storage %d\n",
                         kernel->name, threads, (int)kind->format, (int)kind->input, (int)kind->output,
-                        (int)kind->activation, (int)kind->group, kind->wide);
+                        (int)kind->activation, (int)kind->group, kind->wide, (int)kind->storage);
                 failures++;
             }
         }
@@ -139,6 +156,8 @@ static int run(const layer_kind *kind, uint64_t *hash) {
 static int exists(const layer_kind *kind) {
     int float_product = kind->input == QN_INPUT_FLOAT || kind->format >= QN_FLOAT8_E4M3FN;
     int sums = kind->output == QN_OUTPUT_ACC32;
+    if (kind->storage != PLAIN && (kind->format != QN_INT4 || kind->group == K || float_product || kind->activation != QN_IDENTITY))
+        return 0;
     return !(float_product && (kind->wide || sums)) && !(sums && (kind->wide || kind->activation != QN_IDENTITY));
 }
 
@@ -149,10 +168,11 @@ int main(void) {
     for (int format = QN_INT8; format <= QN_FLOAT8_E5M2; format++) {
         for (int input = QN_INPUT_FLOAT; input <= QN_INPUT_UINT8_CODES; input++) {
             for (int activation = QN_IDENTITY; activation <= QN_SILU; activation++) {
-                for (int choice = 0; choice < 3 * 2 * 2; choice++) {
+                for (int choice = 0; choice < 3 * 2 * 2 * STORAGES; choice++) {
                     layer_kind kind = {
                         .format = (qn_format)format, .input = (qn_input)input, .activation = (qn_activation)activation,
-                        .output = outputs[choice % 3], .group = choice / 3 % 2 ? GROUP : K, .wide = choice / 6,
+                        .output = outputs[choice % 3], .group = choice / 3 % 2 ? GROUP : K, .wide = choice / 6 % 2,
+                        .storage = (storage_kind)(choice / 12),
                     };
                     if (!exists(&kind)) continue;
                     failures += run(&kind, &hash);

@@ -205,23 +205,3 @@ def test_no_rows(form: str, shape: tuple[int, ...]) -> None:
 def test_no_elements(taker: str) -> None:
     for array in TAKERS[taker](np.zeros((0, COLUMNS), np.float32)):
         assert array.size == 0
-
-
-@pytest.mark.slow
-def test_more_elements_than_an_int32_counts() -> None:
-    """2^31 and a few: a row of them, in the functions of elements and in an observer."""
-    n = 2**31 + 5
-    try:
-        x = np.zeros(n, np.float16)
-        x[-3:] = 1, -2, 3
-        codes = qn.quantize(x, 0.5)
-        assert codes[-3:].tolist() == [2, -4, 6] and not codes[:-3].any()
-        del codes
-        bits = qn.encode(x[-(2**31) - 1 :], "float8_e5m2")
-        assert bits.size == 2**31 + 1 and np.array_equal(qn.decode(bits[-3:], "float8_e5m2"), [1, -2, 3])
-        observer = qn.make_observer("min_max")
-        observer.observe(x)
-    except MemoryError:
-        pytest.skip("wants some 25 GB of memory")
-    qparams = observer.qparams(UINT8)
-    assert float(qparams.scale) == pytest.approx(5 / 255)
