@@ -153,12 +153,12 @@ typedef struct {
     int32_t float_rows, float_panels; /* the largest with decoded weights */
     int32_t direct_rows;             /* the largest of `float_direct`; 0 where there is none */
     /* The whole way of int8 weights with one group: product and epilogue of a tile while its sums are in registers. It takes
-     * up to layer_rows rows, and of count rows (or 8, if there are more) up to layer_panels[count] panels. Lines from `ahead`
-     * on, as many bytes as a panel has codes, will be needed next. May be NULL. */
+     * up to layer_rows rows, and of count rows (or 8, if there are more) up to layer_panels[count] panels. `ask` bytes from
+     * `ahead` on will be needed next. May be NULL. */
     int32_t layer_rows;
     int32_t layer_panels[QN_TILE_ROWS + 1];
     void (*layer_tile)(const qn_call *c, const qn_rows *rows, int64_t row, int count, int64_t panel, int panels,
-                       const uint8_t *ahead);
+                       const uint8_t *ahead, int64_t ask);
     /* Quantize rows->count rows of the call into rows->a, with scales, zero points and sums. */
     void (*quantize_rows)(const qn_call *c, qn_rows *rows);
     /* The least and greatest of x[n] and 0, where all are finite, which it returns; else those of the finite ones. */

@@ -189,9 +189,9 @@ static void layer_half_panel(const qn_call *c, const qn_rows *rows, int64_t row,
 }
 
 static void layer_tile(const qn_call *c, const qn_rows *rows, int64_t row, int count, int64_t panel, int panels,
-                       const uint8_t *ahead) {
+                       const uint8_t *ahead, int64_t ask) {
     const qn_weights *w = c->w;
-    (void)ahead;
+    (void)ahead, (void)ask;
     for (int64_t p = panel; p < panel + panels; p++) {
         if (count == 1) {
             layer_row(c, rows, row, p);

@@ -181,20 +181,13 @@ static row_params params_of_range(const qn_call *c, float low, float high, int f
     return p;
 }
 
-/* Division by multiplication. With r = fl(1 / s), t = fl(x r) and e = fl(x - t s), q = fl(t + e r) is fl(x / s) but where
- * x / s lies within 2^-45 of itself from the middle between two floats (the error of t + e r before it is rounded: e is
- * (x / s - t) s but for a relative 2^-46 of x, r is 1 / s but for a relative 2^-24, and x / s - t is 2^-23 of x / s). A wrong q
- * matters only where it rounds to another integer: beside a tie h = H / 2, H odd and below 2^9, at m = h +- half of h's last
- * place. With x = X 2^c and s = S 2^b, X and S of 24 bits, x / s - m is D / S times a power of two, D = X 2^c' - (H 2^j +- 1) S
- * with the product in 2^47..2^49, so c' >= 23 and j >= 16, and D is -+S modulo 2^16. Where S is at least 64 away from every
- * multiple of 2^16, |D| is at least 64, and x / s at least 2^-43 of itself away from m: then the codes are those of the true
- * division. Other scales (powers of two are the only ones that are not rare), and those where something might be subnormal
- * or overflow, are divided by. */
+/* Division by multiplication: with r = fl(1 / s), t = fl(x r) and e = fl(x - t s), fl(t + e r) is fl(x / s), as long as nothing
+ * is subnormal or overflows; tests/division.c says why, and has tried every s. (That is Markstein's step, IBM Journal of
+ * Research and Development 34, 1990, from a t that need not be one of the two nearest floats.) Where x / s is so small that e is
+ * subnormal, the code is the zero point whatever the last places are. */
 static int divides_by_multiplying(float scale) {
 #ifdef QN_FMA
-    uint32_t bits;
-    memcpy(&bits, &scale, 4);
-    return scale >= 0x1p-100f && scale <= 0x1p100f && (bits + 64) % 0x10000 >= 128;
+    return scale >= 0x1p-100f && scale <= 0x1p100f;
 #else
     (void)scale;
     return 0;
@@ -218,6 +211,13 @@ QN_INLINE VU quantize_by_reciprocal(VF x, VF scale, VF reciprocal, VF low, VF hi
 #endif
 }
 
+QN_INLINE uint32_t total_of(VU sums) {
+    uint32_t lanes[QN_W], total = 0;
+    vu_store(lanes, sums);
+    for (int j = 0; j < QN_W; j++) total += lanes[j];
+    return total;
+}
+
 /* Quantize n floats into codes; returns the sum of the codes. */
 QN_INLINE int32_t quantize_floats(const float *x, int64_t n, row_params p, const int beyond, uint8_t *a) {
     VF scale = vf_splat(p.scale), low = vf_splat((float)(p.low - p.zero)), high = vf_splat((float)(p.high - p.zero));
@@ -237,9 +237,7 @@ QN_INLINE int32_t quantize_floats(const float *x, int64_t n, row_params p, const
         sums += q;
         vu_store_code(a + i * QN_A_BYTES, q);
     }
-    uint32_t lanes[QN_W], total = 0;
-    vu_store(lanes, sums);
-    for (int j = 0; j < QN_W; j++) total += lanes[j];
+    uint32_t lanes[QN_W], total = total_of(sums);
     if (i < n) {
         uint8_t codes[QN_W * QN_A_BYTES];
         VU q = quantize(load_some(x + i, n - i), scale, low, high, zero);
@@ -251,16 +249,21 @@ QN_INLINE int32_t quantize_floats(const float *x, int64_t n, row_params p, const
     return (int32_t)total;
 }
 
-/* Take n codes as they are (signed ones ^ 0x80); returns their sum. Plain loops, which compilers turn into vectors. */
+/* Take n codes as they are (signed ones ^ 0x80); returns their sum. */
 static int32_t take_codes(const uint8_t *x, int64_t n, uint8_t flip, uint8_t *a) {
-    uint32_t total = 0;
-#if QN_A_BYTES == 2
-    uint16_t *codes = (uint16_t *)a;
-#else
-    uint8_t *codes = a;
-#endif
-    for (int64_t i = 0; i < n; i++) codes[i] = x[i] ^ flip;
-    for (int64_t i = 0; i < n; i++) total += x[i] ^ flip;
+    VU flips = vu_splat(flip), sums = vu_splat(0);
+    int64_t i = 0;
+    for (; i + QN_W <= n; i += QN_W) {
+        VU codes = vu_load_u8(x + i) ^ flips;
+        sums += codes;
+        vu_store_code(a + i * QN_A_BYTES, codes);
+    }
+    uint32_t total = total_of(sums);
+    for (; i < n; i++) {
+        uint8_t code[QN_A_BYTES] = {x[i] ^ flip}; /* little-endian */
+        memcpy(a + i * QN_A_BYTES, code, QN_A_BYTES);
+        total += code[0];
+    }
     return (int32_t)total;
 }
 
@@ -419,6 +422,9 @@ QN_INLINE void emit_codes(const float *values, int64_t columns, float scale, int
                                               highest, 1);
             vu_store_bytes(y + n, q, zero - low, low);
         }
+        for (; n + QN_W <= columns; n += QN_W)
+            vu_store_u8(y + n, z + quantize_by_reciprocal(activate(vf_load(values + n), activation), s, reciprocal, lowest,
+                                                          highest, 1));
     }
     for (; n < columns; n += QN_W) {
         uint8_t lanes[QN_W];

@@ -158,10 +158,10 @@ class Observer(ABC):
             if statistic.reads_values:
                 readers.append(statistic)
         if readers:
-            for rows in rows_of(x, self.axis):
-                finite = np.isfinite(rows) if skipped.any() else None
+            clean = not skipped.any()
+            for rows in rows_of(x, self.axis, min(statistic.slab for statistic in readers)):
                 for statistic in readers:
-                    statistic.add(rows, finite)
+                    statistic.add(rows, clean)
         for statistic in self._statistics.values():
             statistic.finish()
         self._torn = False
