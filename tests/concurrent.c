@@ -19,7 +19,7 @@ enum { N = 70, K = 96, M = 9 };
 static int64_t calls;
 static int8_t codes[N * K];
 static float scale[N], input[M * K];
-static int32_t zero[N];
+static int8_t zero[N];
 static const qn_kernel *kernel;
 static qn_weights shared;
 static float expected[M * N];
