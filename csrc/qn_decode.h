@@ -12,6 +12,7 @@
 #include "qn_gemm.h"
 
 #include <math.h>
+#include <string.h>
 
 #if defined(__GNUC__)
 #define QN_INLINE static inline __attribute__((always_inline))
@@ -61,6 +62,33 @@ QN_INLINE VF decode_float8(VU code, qn_format format) {
     return vf_bits(vu_bits(value) | ((code & vu_splat(0x80)) << 24));
 }
 
+/* The scales of a vector of columns, from column n of a panel on. */
+QN_INLINE VF scale_of_columns(const qn_weights *w, const uint8_t *panel, int n, int64_t g) {
+    int64_t at = g * QN_NR + n;
+    if (w->scale == QN_SCALE_FLOAT32) return vf_load((const float *)(const void *)(panel + w->scale_at) + at);
+    VU narrow = vu_load_u16((const uint16_t *)(const void *)(panel + w->scale_at) + at);
+    if (w->scale == QN_SCALE_BFLOAT16) return vf_bits(narrow << 16);
+    return vf_bits(narrow << 13) * vf_splat(0x1p112f);
+}
+
+static const uint32_t nibble_shifts[QN_NR] = {0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28};
+
+/* Their zero points. */
+QN_INLINE VU zero_of_columns(const qn_weights *w, const uint8_t *panel, int n, int64_t g) {
+    if (w->format != QN_INT4)
+        return w->asymmetric ? vu_load((const uint32_t *)(const void *)(panel + w->zero_at) + g * QN_NR + n) : vu_splat(0);
+    if (w->one_zero >= 0) return vu_splat((uint32_t)w->one_zero);
+    uint32_t nibbles[2]; /* of columns 0..7, 8..15 */
+    memcpy(nibbles, panel + w->zero_at + g * sizeof nibbles, sizeof nibbles);
+#if QN_W == 16 /* both halves */
+    static const uint32_t first_half[QN_NR] = {15, 15, 15, 15, 15, 15, 15, 15}, last_half[QN_NR] = {0, 0, 0, 0, 0, 0, 0, 0, 15, 15, 15, 15, 15, 15, 15, 15};
+    VU shift = vu_load(nibble_shifts);
+    return ((vu_splat(nibbles[0]) >> shift) & vu_load(first_half)) | ((vu_splat(nibbles[1]) >> shift) & vu_load(last_half));
+#else
+    return (vu_splat(nibbles[n / 8]) >> vu_load(nibble_shifts + n % 8)) & vu_splat(15);
+#endif
+}
+
 /* What the columns of a vector have in common in a group. */
 typedef struct {
     VF scale;      /* 1 where the weights are not to be scaled */
@@ -72,10 +100,10 @@ typedef struct {
 QN_INLINE decode_terms terms_of_group(const code_kind kind, const qn_weights *w, const uint8_t *panel, int64_t g, int n,
                                       int scaled) {
     decode_terms t;
-    t.scale = scaled ? vf_load((const float *)(panel + w->scale_at) + g * QN_NR + n) : vf_splat(1.0f);
+    t.scale = scaled ? scale_of_columns(w, panel, n, g) : vf_splat(1.0f);
     t.step_scale = t.scale;
     if (is_float8(kind)) t.step_scale = t.scale * vf_splat(kind == CODES_E4M3FN ? 0x1p120f : 0x1p112f);
-    VU zero = w->asymmetric ? vu_load((const uint32_t *)(panel + w->zero_at) + g * QN_NR + n) : vu_splat(0);
+    VU zero = zero_of_columns(w, panel, n, g);
     t.zero = vf_from_vu(zero);
     t.zero_bytes = vu_multiply(zero, vu_splat(0x01010101));
     return t;

@@ -15,15 +15,14 @@
  *   panel p (columns 16p .. 16p+15), panel_bytes long, 64-byte aligned:
  *     bias   [16]            float or int32          (if any)
  *     scale  [groups][16]    float
- *     sum    [groups][16]    int32, sum of the group's codes
+ *     sum    [groups][16]    int32, sum of the group's codes (for products of integers)
  *     zero   [groups][16]    int32                   (if any is not 0)
  *     codes  [groups][group_k / 4][16][4]   int8:  one k-step is 64 bytes, 4 consecutive k for each column
  *            k-step 0: | n0: k0 k1 k2 k3 | n1: k0 k1 k2 k3 | ... | n15: k0 k1 k2 k3 |
  *            k-step 1: | n0: k4 k5 k6 k7 | ...
  *            int4: two k-steps share 64 bytes, the even one in the low nibbles, the odd one in the high nibbles
- *   int4 with small groups that is multiplied by codes is `compact`, so that a panel is what its file is: scales of their own
- *   width, no sums (which unpacking finds), and zero points, unless all are one, as nibbles [groups][8]: those of columns n and
- *   n + 8 in a byte.
+ *   int4's panel is what its file is: scales of their own width, and zero points, unless all are one, as nibbles [groups][16],
+ *   the first column's in the lowest bits. Small groups have no sums: unpacking finds them.
  *            float8: as int8, one code a byte
  *
  * The layout is the same for every instruction set: what one packs, any can run. k is padded with zero codes to
@@ -86,9 +85,9 @@ typedef struct {
     qn_format format;
     qn_bias bias;
     int32_t asymmetric;                /* there are zero points */
-    int32_t compact;                   /* int4 with small groups, see above */
-    qn_scale scale;                    /* how compact ones hold scales; others as float32 */
-    int32_t one_zero;                  /* compact: the zero point of all, or -1 */
+    int32_t has_sums;                  /* sums of codes are stored */
+    qn_scale scale;                    /* how int4 holds scales; others as float32 */
+    int32_t one_zero;                  /* int4: the zero point of all, or -1 */
     int64_t n, k;                      /* out_features, in_features */
     int64_t group, groups, group_k;    /* k in a group; groups; a group's k as padded */
     int64_t panels, panel_bytes;
@@ -153,12 +152,12 @@ typedef struct {
     int32_t float_rows, float_panels; /* the largest with decoded weights */
     int32_t direct_rows;             /* the largest of `float_direct`; 0 where there is none */
     /* The whole way of int8 weights with one group: product and epilogue of a tile while its sums are in registers. It takes
-     * up to layer_rows rows, and of count rows (or 8, if there are more) up to layer_panels[count] panels. Lines from `ahead`
-     * on, as many bytes as a panel has codes, will be needed next. May be NULL. */
+     * up to layer_rows rows, and of count rows (or 8, if there are more) up to layer_panels[count] panels. `ask` bytes from
+     * `ahead` on will be needed next. May be NULL. */
     int32_t layer_rows;
     int32_t layer_panels[QN_TILE_ROWS + 1];
     void (*layer_tile)(const qn_call *c, const qn_rows *rows, int64_t row, int count, int64_t panel, int panels,
-                       const uint8_t *ahead);
+                       const uint8_t *ahead, int64_t ask);
     /* Quantize rows->count rows of the call into rows->a, with scales, zero points and sums. */
     void (*quantize_rows)(const qn_call *c, qn_rows *rows);
     /* The least and greatest of x[n] and 0, where all are finite, which it returns; else those of the finite ones. */
@@ -180,7 +179,7 @@ typedef struct {
     void (*unpack_groups)(const qn_weights *w, const uint8_t *panel, int64_t first, int64_t groups, uint8_t *codes, int64_t step,
                           uint8_t *terms, int64_t term_step);
     void (*tile_groups)(const qn_group_tile *t);
-    /* The whole way of one row by panels [first, last) of compact weights. May be NULL. */
+    /* The whole way of one row by panels [first, last) of int4 weights with small groups. May be NULL. */
     void (*row_groups)(const qn_call *c, const qn_rows *rows, int64_t row, int64_t first, int64_t last);
     /* acc = fma(a[k], b[k], acc), k ascending; a is [k / 4][rows][4], the last k / 4 perhaps not full, b is
      * [k][panels * 16] decoded weights. */
@@ -212,21 +211,22 @@ const qn_cpu *qn_cpu_features(void);
 /* Runs task(context, thread) on up to so many threads, the calling one (0) among them, and returns when all have ended. */
 typedef void (*qn_share)(int threads, void (*task)(void *context, int thread), void *context);
 
-/* Fill in the sizes and offsets of w from format, bias, asymmetric, n, k and group. */
+/* Fill in the sizes and offsets of w from what is above them, n, k and group. */
 void qn_weights_layout(qn_weights *w);
 /* Pack 16 (or fewer) rows of codes into panel p, with the sums of its groups; codes [count][k], one a byte. */
 void qn_pack_panel(const qn_kernel *kernel, const qn_weights *w, int64_t p, const int8_t *codes, int64_t stride, int count);
 
 /* What a matrix is packed from: n rows, `stride` bytes apart, of codes, one a byte (int4: nibbles, two a byte, the first in
- * the low one), or of floats that become int8 codes low..high; scale and zero [n][groups] (zero where asymmetric), and a
- * bias [n]. */
+ * the low one), or of floats that become int8 codes low..high; scale, as `scale_type` has it (int4: as w->scale), and zero
+ * [n][groups] (zero where asymmetric), and a bias [n]. */
 typedef struct {
     const void *codes;
     const float *values; /* not both */
     int64_t stride;
     int32_t low, high;
-    const float *scale;
-    const int32_t *zero;
+    const void *scale;
+    qn_scale scale_type;
+    const int8_t *zero;
     const void *bias;
 } qn_source;
 

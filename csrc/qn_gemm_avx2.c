@@ -60,11 +60,9 @@ QN_INLINE void multiply_step(const int R, __m256i sum[][2], const row_pointers *
     }
 }
 
-/* What a half panel's k-steps are read from: int8 or int4 codes in their panel, or int8 codes that are widened already. */
-typedef enum { BYTES, NIBBLES, WORDS } weight_form;
-
-/* The sums over k of R rows by half a panel (8 columns): 2 R accumulators. R and form are constants where this is inlined. */
-QN_INLINE void multiply(const int R, const weight_form form, int64_t k, const uint8_t *a, int64_t a_stride, const uint8_t *b,
+/* The sums over k of R rows by half a panel (8 columns) of int8 or int4 codes: 2 R accumulators. R and int4 are constants
+ * where this is inlined. */
+QN_INLINE void multiply(const int R, const int int4, int64_t k, const uint8_t *a, int64_t a_stride, const uint8_t *b,
                         VU out[]) {
     __m256i sum[6][2];
     const __m128i low_nibble = _mm_set1_epi8(15);
@@ -72,8 +70,8 @@ QN_INLINE void multiply(const int R, const weight_form form, int64_t k, const ui
     for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = _mm256_setzero_si256();
     row_pointers rows = {{a, a + 3 * a_stride}, a_stride};
     __asm__("" : "+r"(rows.a[1])); /* kept, not computed anew */
-    for (const uint8_t *end = a + k * QN_A_BYTES; rows.a[0] < end; b += form == NIBBLES ? 64 : 128) { /* two k-steps */
-        if (form == NIBBLES) {
+    for (const uint8_t *end = a + k * QN_A_BYTES; rows.a[0] < end; b += int4 ? 64 : 128) { /* two k-steps */
+        if (int4) {
             __m128i first = _mm_loadu_si128((const __m128i *)b), last = _mm_loadu_si128((const __m128i *)(b + 16));
             multiply_step(R, sum, &rows, 0, _mm256_cvtepu8_epi16(_mm_and_si128(first, low_nibble)),
                           _mm256_cvtepu8_epi16(_mm_and_si128(last, low_nibble)));
@@ -84,9 +82,7 @@ QN_INLINE void multiply(const int R, const weight_form form, int64_t k, const ui
 #pragma GCC unroll 2
             for (int step = 0; step < 2; step++) {
                 const uint8_t *w = b + 64 * step;
-                multiply_step(R, sum, &rows, 4 * QN_A_BYTES * step,
-                              form == WORDS ? _mm256_load_si256((const __m256i *)w) : widen_signed(w),
-                              form == WORDS ? _mm256_load_si256((const __m256i *)w + 1) : widen_signed(w + 16));
+                multiply_step(R, sum, &rows, 4 * QN_A_BYTES * step, widen_signed(w), widen_signed(w + 16));
             }
         }
         rows.a[0] += 8 * QN_A_BYTES;
@@ -115,34 +111,25 @@ QN_INLINE void multiply_row(int64_t k, const uint8_t *a, const uint8_t *b, VU ou
         out[0][h] = (VU)add_pairs(_mm256_add_epi32(sum[2 * h], sum[2 * h + 4]), _mm256_add_epi32(sum[2 * h + 1], sum[2 * h + 5]));
 }
 
-/* R rows by half a panel of int8 weights with one group: sums over a piece of k, added to `carried` [R] unless it is the
- * first; the last piece goes on to y. */
-typedef struct { int64_t k; const uint8_t *a, *b; int first, last; } k_piece;
-
-QN_INLINE void layer_rows_fixed(const int R, const weight_form form, const qn_call *c, const qn_rows *rows, int64_t row,
-                                int64_t column, const k_piece *piece, VU carried[]) {
+/* R rows by half a panel of int8 weights with one group, from codes to y. */
+QN_INLINE void layer_rows_fixed(const int R, const qn_call *c, const qn_rows *rows, int64_t row, int64_t column) {
+    const qn_weights *w = c->w;
     VU sum[QN_TILE_ROWS][COLUMN_VECTORS], part[6];
-    if (piece->last) ask_for_outputs(R, QN_NR / 2, c, rows, row, column);
-    multiply(R, form, piece->k, piece->a, rows->a_stride, piece->b, part);
+    ask_for_outputs(R, QN_NR / 2, c, rows, row, column);
+    multiply(R, 0, w->group_k, rows->a + row * rows->a_stride, rows->a_stride,
+             w->data + column / QN_NR * w->panel_bytes + w->codes_at + column % QN_NR * QN_KR, part);
 #pragma GCC unroll 6
-    for (int r = 0; r < R; r++) sum[r][0] = piece->first ? part[r] : part[r] + carried[r];
-    if (piece->last) {
-        finish_tile(R, 1, c, rows, row, column, sum);
-    } else {
-#pragma GCC unroll 6
-        for (int r = 0; r < R; r++) carried[r] = sum[r][0];
-    }
+    for (int r = 0; r < R; r++) sum[r][0] = part[r];
+    finish_tile(R, 1, c, rows, row, column, sum);
 }
 
-QN_INLINE void layer_rows(const weight_form form, const qn_call *c, const qn_rows *rows, int64_t row, int count, int64_t column,
-                          const k_piece *piece, VU carried[]) {
+static void layer_rows(const qn_call *c, const qn_rows *rows, int64_t row, int count, int64_t column) {
     switch (count) {
-    case 1: layer_rows_fixed(1, form, c, rows, row, column, piece, carried); break;
-    case 2: layer_rows_fixed(2, form, c, rows, row, column, piece, carried); break;
-    case 3: layer_rows_fixed(3, form, c, rows, row, column, piece, carried); break;
-    case 4: layer_rows_fixed(4, form, c, rows, row, column, piece, carried); break;
-    case 5: layer_rows_fixed(5, form, c, rows, row, column, piece, carried); break;
-    default: layer_rows_fixed(6, form, c, rows, row, column, piece, carried); break;
+    case 2: layer_rows_fixed(2, c, rows, row, column); break;
+    case 3: layer_rows_fixed(3, c, rows, row, column); break;
+    case 4: layer_rows_fixed(4, c, rows, row, column); break;
+    case 5: layer_rows_fixed(5, c, rows, row, column); break;
+    default: layer_rows_fixed(6, c, rows, row, column); break;
     }
 }
 
@@ -153,28 +140,84 @@ static void layer_row(const qn_call *c, const qn_rows *rows, int64_t row, int64_
     finish_tile(1, 2, c, rows, row, panel * QN_NR, sum);
 }
 
+/* sum += one k-step of R rows times a panel that is widened: 12 sums for 3 rows, half of the weights in registers, the other
+ * half read where it is multiplied. A broadcast then serves four products, of which a core could start more than it can be
+ * told to if each two had one. */
+QN_INLINE void multiply_wide_step(const int R, __m256i sum[][4], const uint8_t *const rows[], int64_t at, const __m256i *w) {
+    __m256i w0 = _mm256_load_si256(w), w1 = _mm256_load_si256(w + 1);
+#pragma GCC unroll 3
+    for (int r = 0; r < R; r++) {
+        const uint8_t *step = rows[r] + at;
+        __m256i x, product;
+        __asm__("vpbroadcastq %[step], %[x]\n\t"
+                "vpmaddwd %[w0], %[x], %[product]\n\t"
+                "vpaddd %[product], %[sum0], %[sum0]\n\t"
+                "vpmaddwd %[w1], %[x], %[product]\n\t"
+                "vpaddd %[product], %[sum1], %[sum1]\n\t"
+                "vpmaddwd %[w2], %[x], %[product]\n\t"
+                "vpaddd %[product], %[sum2], %[sum2]\n\t"
+                "vpmaddwd %[w3], %[x], %[x]\n\t"
+                "vpaddd %[x], %[sum3], %[sum3]"
+                : [sum0] "+x"(sum[r][0]), [sum1] "+x"(sum[r][1]), [sum2] "+x"(sum[r][2]), [sum3] "+x"(sum[r][3]),
+                  [x] "=&x"(x), [product] "=&x"(product)
+                : [step] "m"(*(const uint8_t(*)[8])step), [w0] "x"(w0), [w1] "x"(w1), [w2] "m"(w[2]), [w3] "m"(w[3]));
+    }
+}
+
+/* R rows by a panel of int8 weights with one group, widened: sums over a piece of k, added to `carried` unless it is the first;
+ * the last piece goes on to y. */
+typedef struct { int64_t k; const uint8_t *a; const __m256i *words; int first, last; } k_piece;
+enum { PANEL_VECTORS = QN_NR / QN_W };
+
+QN_INLINE void layer_wide_rows(const int R, const qn_call *c, const qn_rows *rows, int64_t row, int64_t panel,
+                               const k_piece *piece, VU carried[][PANEL_VECTORS]) {
+    __m256i sum[3][4];
+    VU out[QN_TILE_ROWS][COLUMN_VECTORS];
+    const uint8_t *pointers[3];
+    if (piece->last) ask_for_outputs(R, QN_NR, c, rows, row, panel * QN_NR);
+#pragma GCC unroll 3
+    for (int r = 0; r < R; r++) {
+        pointers[r] = piece->a + r * rows->a_stride;
+        sum[r][0] = sum[r][1] = sum[r][2] = sum[r][3] = _mm256_setzero_si256();
+    }
+    const __m256i *w = piece->words;
+    for (const uint8_t *end = pointers[0] + piece->k * QN_A_BYTES; pointers[0] < end; w += 8) { /* two k-steps */
+        multiply_wide_step(R, sum, pointers, 0, w);
+        multiply_wide_step(R, sum, pointers, 4 * QN_A_BYTES, w + 4);
+#pragma GCC unroll 3
+        for (int r = 0; r < R; r++) pointers[r] += 8 * QN_A_BYTES;
+    }
+#pragma GCC unroll 3
+    for (int r = 0; r < R; r++) {
+#pragma GCC unroll 2
+        for (int v = 0; v < PANEL_VECTORS; v++) {
+            out[r][v] = (VU)add_pairs(sum[r][2 * v], sum[r][2 * v + 1]);
+            if (!piece->first) out[r][v] += carried[r][v];
+            if (!piece->last) carried[r][v] = out[r][v];
+        }
+    }
+    if (piece->last) finish_tile(R, PANEL_VECTORS, c, rows, row, panel * QN_NR, out);
+}
+
 enum {
     TILE_ROWS = 6,
-    LAYER_ROWS = 43 * TILE_ROWS, /* that share the work of widening weights: all of a block */
-    WIDENED_K = 1024            /* k of half a panel that is widened at a time: it stays in the L1 cache beside a tile's rows */
+    WIDE_ROWS = 3,              /* of a tile with widened weights */
+    LAYER_ROWS = 86 * WIDE_ROWS, /* that share the work of widening: all of a block */
+    WIDENED_K = 512             /* k of a panel that is widened at a time: it stays in the L1 cache beside a tile's rows */
 };
 
-/* Many rows by half a panel: its codes are widened once for all of them, a piece of k at a time. */
-static void layer_half_panel(const qn_call *c, const qn_rows *rows, int64_t row, int count, int64_t column) {
+/* Many rows by a panel: its codes are widened once for all of them, a piece of k at a time. */
+static void layer_panel(const qn_call *c, const qn_rows *rows, int64_t row, int count, int64_t panel) {
     const qn_weights *w = c->w;
-    const uint8_t *codes = w->data + column / QN_NR * w->panel_bytes + w->codes_at + column % QN_NR * QN_KR;
-    _Alignas(64) uint8_t words[WIDENED_K / QN_KR * 64];
-    VU carried[LAYER_ROWS];
-    int tiles = (count + TILE_ROWS - 1) / TILE_ROWS;
+    const uint8_t *codes = w->data + panel * w->panel_bytes + w->codes_at;
+    __m256i words[WIDENED_K / QN_KR * 4];
+    VU carried[LAYER_ROWS][PANEL_VECTORS];
+    int tiles = (count + WIDE_ROWS - 1) / WIDE_ROWS;
     for (int64_t k0 = 0; k0 < w->group_k; k0 += WIDENED_K) {
-        k_piece piece = {.k = qn_min64(WIDENED_K, w->group_k - k0), .b = words, .first = k0 == 0, .last = k0 + WIDENED_K >= w->group_k};
-        for (int64_t i = 0; i < piece.k; i += QN_KR) {
-            const uint8_t *from = codes + (k0 + i) * QN_NR;
-            _mm256_store_si256((__m256i *)(words + i * 16), widen_signed(from));
-            _mm256_store_si256((__m256i *)(words + i * 16 + 32), widen_signed(from + 16));
-        }
+        k_piece piece = {.k = qn_min64(WIDENED_K, w->group_k - k0), .words = words, .first = k0 == 0, .last = k0 + WIDENED_K >= w->group_k};
+        for (int64_t i = 0; i < piece.k * QN_NR / 16; i++) words[i] = widen_signed(codes + k0 * QN_NR + i * 16);
         /* What is widened next: a share of it is asked for beside each tile. */
-        int ends = piece.last && column + QN_NR >= w->n;
+        int ends = piece.last && panel + 1 == w->panels;
         const uint8_t *next = ends ? codes : piece.last ? codes + w->panel_bytes : codes + (k0 + WIDENED_K) * QN_NR;
         int64_t left = ends ? 0 : piece.last ? w->group_k : w->group_k - k0 - WIDENED_K, asked = 0;
         int64_t lines = qn_min64(WIDENED_K, left) / QN_KR;
@@ -182,30 +225,27 @@ static void layer_half_panel(const qn_call *c, const qn_rows *rows, int64_t row,
             int some = (count - done + tiles - tile - 1) / (tiles - tile);
             for (; asked < lines * (tile + 1) / tiles; asked++) _mm_prefetch((const char *)next + asked * 64, _MM_HINT_T1);
             piece.a = rows->a + (row + done) * rows->a_stride + k0 * QN_A_BYTES;
-            layer_rows(WORDS, c, rows, row + done, some, column, &piece, carried + done);
+            switch (some) {
+            case 1: layer_wide_rows(1, c, rows, row + done, panel, &piece, carried + done); break;
+            case 2: layer_wide_rows(2, c, rows, row + done, panel, &piece, carried + done); break;
+            default: layer_wide_rows(3, c, rows, row + done, panel, &piece, carried + done); break;
+            }
             done += some;
         }
     }
 }
 
 static void layer_tile(const qn_call *c, const qn_rows *rows, int64_t row, int count, int64_t panel, int panels,
-                       const uint8_t *ahead) {
-    const qn_weights *w = c->w;
-    (void)ahead;
+                       const uint8_t *ahead, int64_t ask) {
+    (void)ahead, (void)ask;
     for (int64_t p = panel; p < panel + panels; p++) {
-        if (count == 1) {
+        if (count == 1)
             layer_row(c, rows, row, p);
-            continue;
-        }
-        for (int64_t column = p * QN_NR; column < qn_min64((p + 1) * QN_NR, w->n); column += QN_NR / 2) {
-            if (count > TILE_ROWS) {
-                layer_half_panel(c, rows, row, count, column);
-                continue;
-            }
-            k_piece all = {.k = w->group_k, .a = rows->a + row * rows->a_stride, .first = 1, .last = 1,
-                           .b = w->data + p * w->panel_bytes + w->codes_at + column % QN_NR * QN_KR};
-            layer_rows(BYTES, c, rows, row, count, column, &all, 0);
-        }
+        else if (count > TILE_ROWS)
+            layer_panel(c, rows, row, count, p);
+        else
+            for (int64_t column = p * QN_NR; column < qn_min64((p + 1) * QN_NR, c->w->n); column += QN_NR / 2)
+                layer_rows(c, rows, row, count, column);
     }
 }
 
@@ -213,7 +253,7 @@ static void layer_tile(const qn_call *c, const qn_rows *rows, int64_t row, int c
 QN_INLINE void half_tile(const int R, const int int4, int64_t k, const uint8_t *a, int64_t a_stride, const uint8_t *b,
                          int32_t *acc) {
     VU sum[6];
-    multiply(R, int4 ? NIBBLES : BYTES, k, a, a_stride, b, sum);
+    multiply(R, int4, k, a, a_stride, b, sum);
 #pragma GCC unroll 6
     for (int r = 0; r < R; r++) vu_store((uint32_t *)acc + r * QN_TILE_COLS, sum[r]);
 }
@@ -253,7 +293,7 @@ QN_INLINE void tile_groups_fixed(const int R, const qn_group_tile *t) {
     for (int64_t g = 0; g < t->groups; g++) {
         for (int half = 0; half < 2; half++) {
             VU sum[QN_TILE_ROWS][COLUMN_VECTORS], part[6];
-            multiply(R, BYTES, t->group_k, a, t->a_stride, codes + 32 * half, part);
+            multiply(R, 0, t->group_k, a, t->a_stride, codes + 32 * half, part);
 #pragma GCC unroll 6
             for (int r = 0; r < R; r++) sum[r][0] = part[r];
             finish_group(R, 1, half * QN_W, sum, terms, pairs, t->row_scale, g ? t->sum : t->before, t->sum);

@@ -261,8 +261,8 @@ enum { ROWS = 4, ROW_PANELS = 2 };
 
 /* A row alone takes several panels at once, so that there are sums enough to add to some in every cycle; more rows take half a panel. */
 static void layer_tile(const qn_call *c, const qn_rows *rows, int64_t row, int count, int64_t panel, int panels,
-                       const uint8_t *ahead) {
-    (void)ahead;
+                       const uint8_t *ahead, int64_t ask) {
+    (void)ahead, (void)ask;
     if (count == 1) {
         switch (panels) {
         case 1: layer_tile_fixed(1, PANEL_VECTORS, 0, c, rows, row, panel); break;

@@ -58,10 +58,14 @@ QN_INLINE void multiply_step(const int R, const int P, VU sum[][COLUMN_VECTORS],
     }
 }
 
+/* What will be needed: a line a panel of each row of y, some at a time, since a core waits for a dozen lines at most; then
+ * weights, for the L2 cache. */
+typedef struct { const uint8_t *out, *out_stop; int64_t out_stride; const uint8_t *ahead, *stop; } needed_lines;
+
 /* The sums over k of R rows by P panels; R, P, int4 and asks are constants where this is inlined, so the sums live in
- * registers. If it asks, the lines from `ahead` on are asked for meanwhile, as many bytes as a panel's codes. */
+ * registers. If it asks, it asks meanwhile for lines that will be needed, as far as k goes. */
 QN_INLINE void multiply(const int R, const int P, const int int4, int64_t k, const uint8_t *a, int64_t a_stride,
-                        const uint8_t *b, int64_t panel_bytes, const int asks, const uint8_t *ahead, VU sum[][COLUMN_VECTORS]) {
+                        const uint8_t *b, int64_t panel_bytes, const int asks, needed_lines lines, VU sum[][COLUMN_VECTORS]) {
     __m512i w[COLUMN_VECTORS];
     const __m512i low_nibble = _mm512_set1_epi8(15);
     row_pointers rows = pointers_of_rows(a, a_stride);
@@ -70,10 +74,14 @@ QN_INLINE void multiply(const int R, const int P, const int int4, int64_t k, con
 #pragma GCC unroll 8
         for (int p = 0; p < P; p++) sum[r][p] = vu_splat(0);
     for (const uint8_t *end = a + k; rows.a[0] < end; b += int4 ? 64 : 128) { /* two k-steps */
-        if (asks) {
-            _mm_prefetch((const char *)ahead, _MM_HINT_T1);
-            _mm_prefetch((const char *)ahead + 64, _MM_HINT_T1);
-            ahead += 128;
+        if (asks && lines.out != lines.out_stop) {
+#pragma GCC unroll 8
+            for (int p = 0; p < P; p++) __builtin_prefetch(lines.out + 64 * p, 1);
+            lines.out += lines.out_stride;
+        } else if (asks && lines.ahead < lines.stop) {
+            _mm_prefetch((const char *)lines.ahead, _MM_HINT_T1);
+            _mm_prefetch((const char *)lines.ahead + 64, _MM_HINT_T1);
+            lines.ahead += 128;
         }
 #pragma GCC unroll 8
         for (int p = 0; p < P; p++) {
@@ -149,14 +157,21 @@ static void layer_row(const qn_call *c, const qn_rows *rows, int64_t row, int64_
         layer_row_fixed(0, c, rows, row, panel, panels);
 }
 
+enum { SHORT_K = 256 }; /* too short a product to ask for lines of y in the course of it */
+
 /* R rows by P panels of int8 weights with one group, from codes to y. */
 QN_INLINE void layer_tile_fixed(const int R, const int P, const qn_call *c, const qn_rows *rows, int64_t row,
-                                int64_t panel, const uint8_t *ahead) {
+                                int64_t panel, const uint8_t *ahead, int64_t ask) {
     const qn_weights *w = c->w;
     const uint8_t *a = rows->a + row * rows->a_stride, *b = w->data + panel * w->panel_bytes + w->codes_at;
     VU sum[QN_TILE_ROWS][COLUMN_VECTORS];
-    ask_for_outputs(R, P * QN_NR, c, rows, row, panel * QN_NR);
-    multiply(R, P, 0, w->group_k, a, rows->a_stride, b, w->panel_bytes, 1, ahead, sum);
+    const uint8_t *y = output_at(c, rows, row, panel * QN_NR);
+    needed_lines lines = {y, y + R * c->y_stride, c->y_stride, ahead, ahead + ask};
+    if (w->group_k <= SHORT_K) {
+        ask_for_outputs(R, P * QN_NR, c, rows, row, panel * QN_NR);
+        lines.out = lines.out_stop;
+    }
+    multiply(R, P, 0, w->group_k, a, rows->a_stride, b, w->panel_bytes, 1, lines, sum);
     finish_tile(R, P, c, rows, row, panel * QN_NR, sum);
 }
 
@@ -164,7 +179,7 @@ QN_INLINE void layer_tile_fixed(const int R, const int P, const qn_call *c, cons
 QN_INLINE void tile(const int R, const int P, const int int4, int64_t k, const uint8_t *a, int64_t a_stride,
                     const uint8_t *b, int64_t panel_bytes, int32_t *acc) {
     VU sum[QN_TILE_ROWS][COLUMN_VECTORS];
-    multiply(R, P, int4, k, a, a_stride, b, panel_bytes, 0, 0, sum);
+    multiply(R, P, int4, k, a, a_stride, b, panel_bytes, 0, (needed_lines){0}, sum);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 3
@@ -182,8 +197,8 @@ QN_INLINE void tile(const int R, const int P, const int int4, int64_t k, const u
 #define SIZE(R, P) ((R) * 16 + (P))
 
 static void layer_tile(const qn_call *c, const qn_rows *rows, int64_t row, int count, int64_t panel, int panels,
-                       const uint8_t *ahead) {
-#define CASE(R, P) case SIZE(R, P): layer_tile_fixed(R, P, c, rows, row, panel, ahead); break;
+                       const uint8_t *ahead, int64_t ask) {
+#define CASE(R, P) case SIZE(R, P): layer_tile_fixed(R, P, c, rows, row, panel, ahead, ask); break;
     if (count == 1) {
         layer_row(c, rows, row, panel, panels);
         return;

@@ -109,8 +109,8 @@ QN_INLINE void tile(const int R, const int int4, int64_t k, const uint8_t *a, in
 
 /* As many panels as leave registers: a row alone takes four, so that there are sums enough to add to one every cycle. */
 static void layer_tile(const qn_call *c, const qn_rows *rows, int64_t row, int count, int64_t panel, int panels,
-                       const uint8_t *ahead) {
-    (void)ahead;
+                       const uint8_t *ahead, int64_t ask) {
+    (void)ahead, (void)ask;
 #define CASE(R, P) case (R) * 8 + (P): layer_tile_fixed(R, P, c, rows, row, panel); break;
     switch (count * 8 + panels) {
         CASE(1, 1) CASE(1, 2) CASE(1, 3) CASE(1, 4) CASE(2, 1) CASE(2, 2) CASE(3, 1) CASE(4, 1) CASE(5, 1) CASE(6, 1)

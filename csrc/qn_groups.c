@@ -92,7 +92,7 @@ static void groups_of_panels(const qn_kernel *kernel, const qn_call *c, const qn
 
 void qn_groups_block(const qn_kernel *kernel, const qn_call *c, const qn_rows *rows, int64_t first, int64_t last,
                      uint8_t *scratch) {
-    if (rows->count == 1 && kernel->row_groups && c->w->compact) {
+    if (rows->count == 1 && kernel->row_groups && c->w->format == QN_INT4) {
         kernel->row_groups(c, rows, 0, first, last);
         return;
     }

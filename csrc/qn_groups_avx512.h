@@ -65,8 +65,8 @@ QN_INLINE void tile_groups_fixed(const int R, const int P, const qn_group_tile *
     }
 }
 
-/* One row by one panel, codes unpacked in registers: a matter of reading the panel. Where sums of codes are not stored they are
- * found beside the product. */
+/* One row by one panel, codes unpacked in registers: a matter of reading the panel. The sums of codes are found beside the
+ * product. */
 QN_INLINE VF row_of_groups(const qn_call *c, const qn_rows *rows, int64_t row, const uint8_t *panel, const uint8_t *ahead) {
     const qn_weights *w = c->w;
     const uint8_t *a = rows->a + row * rows->a_stride, *b = panel + w->codes_at;
@@ -83,11 +83,11 @@ QN_INLINE VF row_of_groups(const qn_call *c, const qn_rows *rows, int64_t row, c
             add_products(&odd_sum, broadcast_step(a + 4), odd);
             add_products(&code_sum, _mm512_add_epi8(even, odd), ones);
         }
-        VU zero = compact_zero(w, panel, 0, g);
+        VU zero = zero_of_columns(w, panel, 0, g);
         __m512i pair = _mm512_or_si512(_mm512_and_si512((__m512i)code_sum, low_half), _mm512_slli_epi32((__m512i)zero, 16));
         __m512i less = _mm512_madd_epi16(pair, _mm512_set1_epi32(*pairs));
         VF value = _mm512_cvtepi32_ps(_mm512_sub_epi32((__m512i)(even_sum + odd_sum), less));
-        total = total + value * (row_scale * compact_scale(w, panel, 0, g));
+        total = total + value * (row_scale * scale_of_columns(w, panel, 0, g));
     }
     return total;
 }

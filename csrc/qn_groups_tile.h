@@ -10,7 +10,7 @@
 static void unpack_groups(const qn_weights *w, const uint8_t *panel, int64_t first, int64_t groups, uint8_t *codes,
                           int64_t step, uint8_t *terms, int64_t term_step) {
     const VU low = vu_splat(0x0F0F0F0Fu);
-    const int int4 = w->format == QN_INT4, compact = w->compact;
+    const int int4 = w->format == QN_INT4;
     const int64_t group_k = w->group_k;
     const uint8_t *b = panel + w->codes_at + first * group_k * QN_NR / (int4 ? 2 : 1);
     for (int64_t g = first; g < first + groups; g++, terms += term_step) {
@@ -23,7 +23,7 @@ static void unpack_groups(const qn_weights *w, const uint8_t *panel, int64_t fir
                 if (int4) {
                     odd = (even >> 4) & low;
                     even = even & low;
-                    if (compact) sum[n] = vu_add_bytes(sum[n], even + odd);
+                    sum[n] = vu_add_bytes(sum[n], even + odd);
                 } else {
                     odd = vu_load((const uint32_t *)(const void *)(b + at + 64));
                 }
@@ -32,19 +32,9 @@ static void unpack_groups(const qn_weights *w, const uint8_t *panel, int64_t fir
             }
         }
         for (int n = 0; n < QN_NR; n += QN_W) {
-            int64_t at = g * QN_NR + n;
-            VU zero = vu_splat(0), code_sum = sum[n / QN_W];
-            VF scale;
-            if (compact) {
-                scale = compact_scale(w, panel, n, g);
-                zero = compact_zero(w, panel, n, g);
-            } else {
-                scale = vf_load((const float *)(const void *)(panel + w->scale_at) + at);
-                code_sum = vu_load((const uint32_t *)(const void *)(panel + w->sum_at) + at);
-                if (w->asymmetric) zero = vu_load((const uint32_t *)(const void *)(panel + w->zero_at) + at);
-            }
+            VU code_sum = int4 ? sum[n / QN_W] : sum_of_columns(w, panel, n, g), zero = zero_of_columns(w, panel, n, g);
             VU pair = ((vu_splat(0) - code_sum) & vu_splat(0xFFFF)) | (vu_splat(0) - zero) << 16;
-            vf_store((float *)(void *)terms + n, scale);
+            vf_store((float *)(void *)terms + n, scale_of_columns(w, panel, n, g));
             vu_store((uint32_t *)(void *)(terms + 64) + n, pair);
         }
     }

@@ -28,7 +28,7 @@ static int64_t row_bytes(const qn_kernel *kernel, const qn_call *c) {
     if (c->input == QN_INPUT_FLOAT) return 0; /* x itself is read */
     if (is_float(c)) return qn_round_up(c->w->k * 4, 64);
     int64_t bytes = qn_round_up(c->w->groups * c->w->group_k * kernel->a_bytes, 64);
-    return qn_sums_groups(kernel, c) ? bytes | 64 : bytes; /* the rows of a piece of k in different sets of the L1 cache */
+    return qn_sums_groups(kernel, c) || bytes % 2048 == 0 ? bytes | 64 : bytes; /* rows beside each other in different sets of the L1 cache */
 }
 
 static int64_t block_rows(const qn_kernel *kernel, const qn_call *c) {
@@ -95,10 +95,10 @@ static void wide_group(const qn_kernel *kernel, const qn_call *c, const qn_rows 
         int64_t zero = rows->zero[row + r];
         for (int n = 0; n < panels * QN_NR; n++) {
             const uint8_t *at = w->data + (panel + n / QN_NR) * w->panel_bytes;
-            int64_t entry = g * QN_NR + n % QN_NR, column = panel * QN_NR + n;
-            int64_t v = total[r * QN_TILE_COLS + n] - zero * ((const int32_t *)(at + w->sum_at))[entry];
+            int64_t column = panel * QN_NR + n;
+            int64_t v = total[r * QN_TILE_COLS + n] - zero * ((const int32_t *)(at + w->sum_at))[g * QN_NR + n % QN_NR];
             if (w->asymmetric)
-                v -= ((const int32_t *)(at + w->zero_at))[entry] * (rows->sum[(row + r) * rows->sum_row + g * rows->sum_group] - k * zero);
+                v -= qn_weight_zero(w, column, g) * (rows->sum[(row + r) * rows->sum_row + g * rows->sum_group] - k * zero);
             if (w->bias == QN_BIAS_INT32) v += ((const int32_t *)(at + w->bias_at))[n % QN_NR];
             if (c->output == QN_OUTPUT_ACC64 && column < w->n)
                 ((int64_t *)((uint8_t *)c->y + (rows->first + row + r) * c->y_stride))[g * w->n + column] = v;
@@ -154,12 +154,13 @@ static void integer_block(const qn_kernel *kernel, const qn_call *c, const qn_ro
     partition panel_tiles = cut_evenly(last - first, (last - first + most - 1) / most);
     for (int64_t p = 0; p < panel_tiles.parts; p++) {
         int panels = (int)part_size(&panel_tiles, p);
-        int64_t row = 0;
+        int64_t row = 0, next = qn_min64(panel + panels, w->panels);
+        /* Beside each tile a share of the panels after these is asked for, and no more, since the L2 cache has to hold it. */
+        int64_t share = qn_round_up(qn_min64(panels, w->panels - next) * w->panel_bytes / row_tiles.parts, 64);
         for (int64_t r = 0; r < row_tiles.parts; r++) {
             int count = (int)part_size(&row_tiles, r);
             if (whole)
-                kernel->layer_tile(c, rows, row, count, panel, panels,
-                                   w->data + qn_min64(panel + panels + r, w->panels - 1) * w->panel_bytes + w->codes_at);
+                kernel->layer_tile(c, rows, row, count, panel, panels, w->data + next * w->panel_bytes + r * share, share);
             else
                 integer_tile(kernel, c, rows, row, count, panel, panels);
             row += count;

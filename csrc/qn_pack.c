@@ -16,10 +16,9 @@ void qn_weights_layout(qn_weights *w) {
     int64_t a_group = QN_NR * w->groups * 4;
     w->bias_at = 0;
     w->scale_at = w->bias == QN_NO_BIAS ? 0 : QN_NR * 4;
-    w->sum_at = w->scale_at + (w->compact && w->scale != QN_SCALE_FLOAT32 ? a_group / 2 : a_group);
-    int float8 = w->format >= QN_FLOAT8_E4M3FN;
-    w->zero_at = w->sum_at + (float8 || w->compact ? 0 : a_group);
-    int64_t zeros = w->compact ? (w->one_zero < 0 ? w->groups * QN_NR / 2 : 0) : w->asymmetric ? a_group : 0;
+    w->sum_at = w->scale_at + (w->scale == QN_SCALE_FLOAT32 ? a_group : a_group / 2);
+    w->zero_at = w->sum_at + (w->has_sums ? a_group : 0);
+    int64_t zeros = w->format != QN_INT4 ? (w->asymmetric ? a_group : 0) : w->one_zero < 0 ? w->groups * QN_NR / 2 : 0;
     w->codes_at = qn_round_up(w->zero_at + zeros, 64);
     w->panel_bytes = w->codes_at + qn_round_up(w->groups * w->group_k * QN_NR / (w->format == QN_INT4 ? 2 : 1), 64);
 }
@@ -151,7 +150,7 @@ static void fill_panel(const qn_kernel *kernel, const qn_weights *w, int64_t p, 
         for (int64_t g = 0; g < w->groups; g++, rows += w->group)
             to = pack_rows(form, rows, stride, count, qn_min64(w->group, w->k - g * w->group), w->group_k, to);
     memset(to, 0, (size_t)(panel + w->panel_bytes - to)); /* what rounding the panel up has left */
-    if (w->format < QN_FLOAT8_E4M3FN && !w->compact) sum_codes(kernel, w, panel);
+    if (w->has_sums) sum_codes(kernel, w, panel);
 }
 
 void qn_pack_panel(const qn_kernel *kernel, const qn_weights *w, int64_t p, const int8_t *codes, int64_t stride, int count) {
@@ -174,17 +173,10 @@ void qn_unpack_panel(const qn_weights *w, int64_t p, int8_t *codes, int64_t stri
 
 /* ---- a whole matrix ---- */
 
-/* A scale as 16 bits, which hold it exactly. */
-static uint16_t narrow_scale(qn_scale kind, float scale) {
-    uint32_t bits;
-    memcpy(&bits, &scale, 4);
-    if (kind == QN_SCALE_BFLOAT16) return (uint16_t)(bits >> 16);
-    scale *= 0x1p-112f; /* the exponent as float16 counts it; its subnormals become subnormal too */
-    memcpy(&bits, &scale, 4);
-    return (uint16_t)(bits >> 13);
-}
-
-static float widen_scale(qn_scale kind, uint16_t narrow) {
+/* Entry i of scales of a type. */
+static float scale_at(qn_scale kind, const void *scales, int64_t i) {
+    if (kind == QN_SCALE_FLOAT32) return ((const float *)scales)[i];
+    uint16_t narrow = ((const uint16_t *)scales)[i];
     if (kind == QN_SCALE_FLOAT16 && narrow < 0x400) return (float)narrow * 0x1p-24f; /* subnormal */
     uint32_t bits = (uint32_t)narrow << (kind == QN_SCALE_BFLOAT16 ? 16 : 13);
     float scale;
@@ -193,47 +185,43 @@ static float widen_scale(qn_scale kind, uint16_t narrow) {
 }
 
 float qn_weight_scale(const qn_weights *w, int64_t n, int64_t g) {
-    const uint8_t *at = w->data + n / QN_NR * w->panel_bytes + w->scale_at;
-    int64_t entry = g * QN_NR + n % QN_NR;
-    if (w->compact && w->scale != QN_SCALE_FLOAT32) return widen_scale(w->scale, ((const uint16_t *)(const void *)at)[entry]);
-    return ((const float *)(const void *)at)[entry];
+    return scale_at(w->scale, w->data + n / QN_NR * w->panel_bytes + w->scale_at, g * QN_NR + n % QN_NR);
 }
 
 int32_t qn_weight_zero(const qn_weights *w, int64_t n, int64_t g) {
     const uint8_t *at = w->data + n / QN_NR * w->panel_bytes + w->zero_at;
     if (!w->asymmetric) return 0;
-    if (!w->compact) return ((const int32_t *)(const void *)at)[g * QN_NR + n % QN_NR];
+    if (w->format != QN_INT4) return ((const int32_t *)(const void *)at)[g * QN_NR + n % QN_NR];
     if (w->one_zero >= 0) return w->one_zero;
-    return at[g * QN_NR / 2 + n % (QN_NR / 2)] >> (n % QN_NR < QN_NR / 2 ? 0 : 4) & 15;
+    return at[(g * QN_NR + n % QN_NR) / 2] >> (n % 2 ? 4 : 0) & 15;
 }
 
 /* Scales, zero points and biases of a panel's columns. */
 static void pack_terms(const qn_weights *w, int64_t p, const qn_source *from, int count) {
     uint8_t *panel = w->data + p * w->panel_bytes;
     uint8_t *scales = panel + w->scale_at, *zeros = panel + w->zero_at;
-    const float *scale = from->scale + p * QN_NR * w->groups;
-    const int32_t *zero = from->zero ? from->zero + p * QN_NR * w->groups : 0;
+    int64_t first = p * QN_NR * w->groups;
     memset(panel, 0, (size_t)w->codes_at);
-    for (int64_t g = 0; g < w->groups; g++, scale++) {
-        float given[QN_NR] = {0};
-        uint16_t narrow[QN_NR];
-        for (int n = 0; n < count; n++) given[n] = scale[n * w->groups];
-        if (w->compact && w->scale != QN_SCALE_FLOAT32) {
-            for (int n = 0; n < QN_NR; n++) narrow[n] = narrow_scale(w->scale, given[n]);
-            memcpy(scales + g * sizeof narrow, narrow, sizeof narrow);
+    for (int64_t g = 0; g < w->groups; g++) {
+        if (w->scale != QN_SCALE_FLOAT32) {
+            const uint16_t *scale = (const uint16_t *)from->scale + first + g;
+            uint16_t given[QN_NR] = {0};
+            for (int n = 0; n < count; n++) given[n] = scale[n * w->groups];
+            memcpy(scales + g * sizeof given, given, sizeof given);
         } else {
+            float given[QN_NR] = {0};
+            for (int n = 0; n < count; n++) given[n] = scale_at(from->scale_type, from->scale, first + n * w->groups + g);
             memcpy(scales + g * sizeof given, given, sizeof given);
         }
     }
-    if (w->asymmetric && !(w->compact && w->one_zero >= 0)) {
-        for (int64_t g = 0; g < w->groups; g++, zero++) {
-            int32_t given[QN_NR] = {0};
-            for (int n = 0; n < count; n++) given[n] = zero[n * w->groups];
-            if (w->compact)
-                for (int n = 0; n < QN_NR / 2; n++) zeros[g * QN_NR / 2 + n] = (uint8_t)(given[n] | given[n + QN_NR / 2] << 4);
-            else
-                memcpy(zeros + g * sizeof given, given, sizeof given);
-        }
+    int all_are_one = w->format == QN_INT4 && w->one_zero >= 0;
+    for (int64_t g = 0; g < (w->asymmetric && !all_are_one ? w->groups : 0); g++) {
+        int32_t given[QN_NR] = {0};
+        for (int n = 0; n < count; n++) given[n] = from->zero[first + n * w->groups + g];
+        if (w->format == QN_INT4)
+            for (int n = 0; n < QN_NR; n += 2) zeros[(g * QN_NR + n) / 2] = (uint8_t)(given[n] | given[n + 1] << 4);
+        else
+            memcpy(zeros + g * sizeof given, given, sizeof given);
     }
     if (w->bias != QN_NO_BIAS) memcpy(panel + w->bias_at, (const uint8_t *)from->bias + p * QN_NR * 4, (size_t)count * 4);
 }

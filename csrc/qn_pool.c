@@ -174,19 +174,22 @@ static void sleep_until_woken(uint32_t last) {
     pthread_mutex_unlock(&pool.mutex);
 }
 
-static void set_name(int number) {
+/* Linux lets a thread be named by the one that makes it: it has its name as soon as it is there. Elsewhere it names itself. */
+static void set_name(pthread_t thread, int number) {
     char name[16];
     snprintf(name, sizeof name, "qnative-%d", number);
 #if defined(__APPLE__)
-    pthread_setname_np(name);
+    if (pthread_equal(thread, pthread_self())) pthread_setname_np(name);
 #elif defined(__linux__)
-    pthread_setname_np(pthread_self(), name);
+    if (!pthread_equal(thread, pthread_self())) pthread_setname_np(thread, name);
+#else
+    (void)thread;
 #endif
 }
 
 static void *serve(void *number) {
     uint32_t last = 0;
-    set_name((int)(intptr_t)number);
+    set_name(pthread_self(), (int)(intptr_t)number);
     fesetenv(FE_DFL_ENV);
     for (;;) {
         if (take_part(&last)) continue;
@@ -212,6 +215,7 @@ static bool start_thread(int number) {
     int error = pthread_create(&thread, &attributes, serve, (void *)(intptr_t)number);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     pthread_attr_destroy(&attributes);
+    if (error == 0) set_name(thread, number);
     return error == 0;
 }
 

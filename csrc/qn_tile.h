@@ -181,20 +181,13 @@ static row_params params_of_range(const qn_call *c, float low, float high, int f
     return p;
 }
 
-/* Division by multiplication. With r = fl(1 / s), t = fl(x r) and e = fl(x - t s), q = fl(t + e r) is fl(x / s) but where
- * x / s lies within 2^-45 of itself from the middle between two floats (the error of t + e r before it is rounded: e is
- * (x / s - t) s but for a relative 2^-46 of x, r is 1 / s but for a relative 2^-24, and x / s - t is 2^-23 of x / s). A wrong q
- * matters only where it rounds to another integer: beside a tie h = H / 2, H odd and below 2^9, at m = h +- half of h's last
- * place. With x = X 2^c and s = S 2^b, X and S of 24 bits, x / s - m is D / S times a power of two, D = X 2^c' - (H 2^j +- 1) S
- * with the product in 2^47..2^49, so c' >= 23 and j >= 16, and D is -+S modulo 2^16. Where S is at least 64 away from every
- * multiple of 2^16, |D| is at least 64, and x / s at least 2^-43 of itself away from m: then the codes are those of the true
- * division. Other scales (powers of two are the only ones that are not rare), and those where something might be subnormal
- * or overflow, are divided by. */
+/* Division by multiplication: with r = fl(1 / s), t = fl(x r) and e = fl(x - t s), fl(t + e r) is fl(x / s), as long as nothing
+ * is subnormal or overflows; tests/division.c says why, and has tried every s. (That is Markstein's step, IBM Journal of
+ * Research and Development 34, 1990, from a t that need not be one of the two nearest floats.) Where x / s is so small that e is
+ * subnormal, the code is the zero point whatever the last places are. */
 static int divides_by_multiplying(float scale) {
 #ifdef QN_FMA
-    uint32_t bits;
-    memcpy(&bits, &scale, 4);
-    return scale >= 0x1p-100f && scale <= 0x1p100f && (bits + 64) % 0x10000 >= 128;
+    return scale >= 0x1p-100f && scale <= 0x1p100f;
 #else
     (void)scale;
     return 0;
@@ -218,6 +211,13 @@ QN_INLINE VU quantize_by_reciprocal(VF x, VF scale, VF reciprocal, VF low, VF hi
 #endif
 }
 
+QN_INLINE uint32_t total_of(VU sums) {
+    uint32_t lanes[QN_W], total = 0;
+    vu_store(lanes, sums);
+    for (int j = 0; j < QN_W; j++) total += lanes[j];
+    return total;
+}
+
 /* Quantize n floats into codes; returns the sum of the codes. */
 QN_INLINE int32_t quantize_floats(const float *x, int64_t n, row_params p, const int beyond, uint8_t *a) {
     VF scale = vf_splat(p.scale), low = vf_splat((float)(p.low - p.zero)), high = vf_splat((float)(p.high - p.zero));
@@ -237,9 +237,7 @@ QN_INLINE int32_t quantize_floats(const float *x, int64_t n, row_params p, const
         sums += q;
         vu_store_code(a + i * QN_A_BYTES, q);
     }
-    uint32_t lanes[QN_W], total = 0;
-    vu_store(lanes, sums);
-    for (int j = 0; j < QN_W; j++) total += lanes[j];
+    uint32_t lanes[QN_W], total = total_of(sums);
     if (i < n) {
         uint8_t codes[QN_W * QN_A_BYTES];
         VU q = quantize(load_some(x + i, n - i), scale, low, high, zero);
@@ -251,16 +249,21 @@ QN_INLINE int32_t quantize_floats(const float *x, int64_t n, row_params p, const
     return (int32_t)total;
 }
 
-/* Take n codes as they are (signed ones ^ 0x80); returns their sum. Plain loops, which compilers turn into vectors. */
+/* Take n codes as they are (signed ones ^ 0x80); returns their sum. */
 static int32_t take_codes(const uint8_t *x, int64_t n, uint8_t flip, uint8_t *a) {
-    uint32_t total = 0;
-#if QN_A_BYTES == 2
-    uint16_t *codes = (uint16_t *)a;
-#else
-    uint8_t *codes = a;
-#endif
-    for (int64_t i = 0; i < n; i++) codes[i] = x[i] ^ flip;
-    for (int64_t i = 0; i < n; i++) total += x[i] ^ flip;
+    VU flips = vu_splat(flip), sums = vu_splat(0);
+    int64_t i = 0;
+    for (; i + QN_W <= n; i += QN_W) {
+        VU codes = vu_load_u8(x + i) ^ flips;
+        sums += codes;
+        vu_store_code(a + i * QN_A_BYTES, codes);
+    }
+    uint32_t total = total_of(sums);
+    for (; i < n; i++) {
+        uint8_t code[QN_A_BYTES] = {x[i] ^ flip}; /* little-endian */
+        memcpy(a + i * QN_A_BYTES, code, QN_A_BYTES);
+        total += code[0];
+    }
     return (int32_t)total;
 }
 
@@ -419,6 +422,9 @@ QN_INLINE void emit_codes(const float *values, int64_t columns, float scale, int
                                               highest, 1);
             vu_store_bytes(y + n, q, zero - low, low);
         }
+        for (; n + QN_W <= columns; n += QN_W)
+            vu_store_u8(y + n, z + quantize_by_reciprocal(activate(vf_load(values + n), activation), s, reciprocal, lowest,
+                                                          highest, 1));
     }
     for (; n < columns; n += QN_W) {
         uint8_t lanes[QN_W];
@@ -477,30 +483,10 @@ QN_ONCE void emit(const qn_call *c, const qn_rows *rows, int64_t row, int count,
 #undef EMIT
 }
 
-/* Of compact weights: the scales, zero points and sums of codes of a vector of columns, from column n of a panel on. */
-QN_INLINE VF compact_scale(const qn_weights *w, const uint8_t *panel, int n, int64_t g) {
-    int64_t at = g * QN_NR + n;
-    if (w->scale == QN_SCALE_FLOAT32) return vf_load((const float *)(const void *)(panel + w->scale_at) + at);
-    VU narrow = vu_load_u16((const uint16_t *)(const void *)(panel + w->scale_at) + at);
-    if (w->scale == QN_SCALE_BFLOAT16) return vf_bits(narrow << 16);
-    return vf_bits(narrow << 13) * vf_splat(0x1p112f);
-}
-
-QN_INLINE VU compact_zero(const qn_weights *w, const uint8_t *panel, int n, int64_t g) {
-    if (w->one_zero >= 0) return vu_splat((uint32_t)w->one_zero);
-#if QN_W == 16 /* both halves of the nibbles */
-    uint64_t nibbles, zeros[2];
-    memcpy(&nibbles, panel + w->zero_at + g * 8 + n, 8);
-    zeros[0] = nibbles & 0x0F0F0F0F0F0F0F0Fu;
-    zeros[1] = nibbles >> 4 & 0x0F0F0F0F0F0F0F0Fu;
-    return vu_load_u8((const uint8_t *)zeros);
-#else /* of a vector of 8 or 4, or of a single column */
-    VU nibbles = vu_load_u8(panel + w->zero_at + g * 8 + n % 8);
-    return (n < 8 ? nibbles : nibbles >> 4) & vu_splat(15);
-#endif
-}
-
-QN_INLINE VU compact_sum(const qn_weights *w, const uint8_t *panel, int n, int64_t g) {
+/* The sums of codes of a vector of columns: stored, or those of int4, which are soon found. */
+QN_INLINE VU sum_of_columns(const qn_weights *w, const uint8_t *panel, int n, int64_t g) {
+    if (w->has_sums) return vu_load((const uint32_t *)(const void *)(panel + w->sum_at) + g * QN_NR + n);
+    if (w->format != QN_INT4) return vu_splat(0);
     const uint8_t *b = panel + w->codes_at + g * w->group_k * QN_NR / 2 + n * QN_KR;
     VU sum = vu_splat(0), low = vu_splat(0x0F0F0F0Fu), even_bytes = vu_splat(0x00FF00FFu);
     for (int64_t k = 0; k < w->group_k; k += 2 * QN_KR, b += 64) {
@@ -511,18 +497,17 @@ QN_INLINE VU compact_sum(const qn_weights *w, const uint8_t *panel, int n, int64
     return (sum & vu_splat(0xFFFF)) + (sum >> 16);
 }
 
-/* What the columns of one vector have in common: terms of the epilogue that no row changes. */
+/* What the columns of one vector have in common: terms of the epilogue that no row changes; sums and zero points only for
+ * sums of products of integers. */
 typedef struct { VF scale, bias; VU code_sum, zero, int_bias; } column_terms;
 
-QN_INLINE column_terms terms_of_columns(const qn_weights *w, const uint8_t *panel, int n, int64_t g) {
+QN_INLINE column_terms terms_of_columns(const qn_weights *w, const uint8_t *panel, int n, int64_t g, const int integers) {
     column_terms t;
-    int64_t at = g * QN_NR + n;
-    int float8 = w->format >= QN_FLOAT8_E4M3FN;
-    t.scale = w->compact ? compact_scale(w, panel, n, g) : vf_load((const float *)(panel + w->scale_at) + at);
+    t.scale = scale_of_columns(w, panel, n, g);
     t.bias = w->bias == QN_BIAS_FLOAT32 ? vf_load((const float *)(panel + w->bias_at) + n) : vf_splat(-0.0f); /* x + -0 is x */
     t.int_bias = w->bias == QN_BIAS_INT32 ? vu_load((const uint32_t *)(panel + w->bias_at) + n) : vu_splat(0);
-    t.code_sum = float8 ? vu_splat(0) : w->compact ? compact_sum(w, panel, n, g) : vu_load((const uint32_t *)(panel + w->sum_at) + at);
-    t.zero = w->compact ? compact_zero(w, panel, n, g) : w->asymmetric ? vu_load((const uint32_t *)(panel + w->zero_at) + at) : vu_splat(0);
+    t.code_sum = integers ? sum_of_columns(w, panel, n, g) : vu_splat(0);
+    t.zero = integers ? zero_of_columns(w, panel, n, g) : vu_splat(0);
     return t;
 }
 
@@ -580,7 +565,7 @@ QN_INLINE void finish_tile(const int R, const int V, const qn_call *c, const qn_
 #pragma GCC unroll 8
     for (int v = 0; v < V; v++) {
         int n = (int)(column + v * QN_W) % QN_NR;
-        column_terms t = terms_of_columns(w, panel, n, 0);
+        column_terms t = terms_of_columns(w, panel, n, 0, 1);
         float *to = first + v * QN_W;
         if (V * QN_W % QN_NR != 0 && seldom) {
 #pragma GCC unroll 8
@@ -607,7 +592,7 @@ QN_INLINE void finish_columns(const qn_call *c, const qn_rows *rows, int64_t row
                               const epilogue_kind kind) {
     const qn_weights *w = c->w;
     int float_input = c->input == QN_INPUT_FLOAT, summed = !acc && !converted, add_sum = g > 0 && !float_input && !summed;
-    column_terms t = terms_of_columns(w, panel, n, g);
+    column_terms t = terms_of_columns(w, panel, n, g, acc != 0);
     for (int r = 0; r < count; r++, y += c->y_stride) {
         int64_t i = row + r, lane = (int64_t)r * QN_TILE_COLS + n;
         VF product;

@@ -140,19 +140,19 @@ def packed_bytes(
 ) -> int:
     """Return the bytes that a linear layer takes when it is packed: `QuantizedLinear.nbytes`.
 
-    Outputs are packed by 16, inputs padded to a multiple of 8 within each group; every scale has the sum of its codes
-    and, where there is one, its zero point beside it. Four-bit codes with groups of at most 128 that are multiplied by
-    codes have scales of their own width, no sums, and zero points of half a byte. (Asymmetric layers whose zero points
-    happen all to be 0 in the packed form, or with such groups to be equal, take less.)
+    Outputs are packed by 16, inputs padded to a multiple of 8 within each group. Every scale has its zero point beside
+    it, where there are any, and for products of integers the sum of its codes. Four-bit codes have scales of their own
+    width, zero points of half a byte, and with groups of at most 128 no sums. (Asymmetric layers whose zero points happen
+    all to be 0 in the packed form, or with four bits to be equal, take less.)
     """
     rows, columns = shape
     group = max(1, min(columns, config.group_size or columns))
     groups = -(-columns // group) if columns else 1
-    if config.bits == 4 and groups > 1 and group <= 128 and activations != "float":
-        terms = 16 * (4 if config.scale_dtype == "float32" else 2) + 8 * (not config.is_symmetric)
-    else:
-        zero_points = columns > 0 and (config.bits == 4 or not config.is_symmetric)
-        terms = 64 * (1 + (not config.info.is_float) + zero_points)
+    four_bits = config.bits == 4
+    sums = activations != "float" and not config.info.is_float and not (four_bits and groups > 1 and group <= 128)
+    zero_points = columns > 0 and not config.is_symmetric
+    terms = 32 if four_bits and config.scale_dtype != "float32" else 64
+    terms += 64 * sums + (8 if four_bits else 64) * zero_points
     head = -(-(64 * bias + terms * groups) // 64) * 64
     codes = groups * (-(-group // 8) * 8) * (8 if config.bits == 4 else 16)
     return -(-rows // 16) * (head + -(-codes // 64) * 64)
@@ -242,10 +242,13 @@ def _pack_zero_points(nibbles: NDArray[np.uint8]) -> NDArray[np.int32]:
 def _unpack_zero_points(words: NDArray[np.int32], shape: tuple[int, ...]) -> NDArray[np.uint8]:
     """Undo `_pack_zero_points`; ValueError when the filling is not 0."""
     axis = max(len(shape) - 2, 0)
-    unsigned = np.ascontiguousarray(words).view(np.uint32)
-    padded = np.empty([8 * n if i == axis else n for i, n in enumerate(words.shape)], np.uint8)
-    for i in range(8):
-        padded[(slice(None),) * axis + (slice(i, None, 8),)] = (unsigned >> np.uint32(4 * i)) & np.uint32(15)
+    *outer, count, inner = words.shape if words.ndim > 1 else (*words.shape, 1)
+    pairs = np.ascontiguousarray(words, "<i4").view(np.uint8).reshape(*outer, count, inner, 4)
+    pairs = np.moveaxis(pairs, -1, -2)  # bytes of a word are pairs of rows
+    nibbles = np.empty((*outer, count, 4, 2, inner), np.uint8)
+    np.bitwise_and(pairs, np.uint8(15), out=nibbles[..., 0, :])
+    np.right_shift(pairs, np.uint8(4), out=nibbles[..., 1, :])
+    padded = nibbles.reshape([8 * n if i == axis else n for i, n in enumerate(words.shape)])
     if padded[(slice(None),) * axis + (slice(shape[axis], None),)].any():
         raise ValueError("bits beyond the last row must be 0")
     return np.ascontiguousarray(padded[tuple(slice(n) for n in shape)])
@@ -354,7 +357,9 @@ class _Decoder:
         if info.dtype != code or (shape is not None and info.shape != shape):
             expected = code if shape is None else f"{code} of shape {shape}"
             raise FormatError(f"{self.file.path}: {name} is {info.dtype} of shape {info.shape}; it must be {expected}")
-        return self.file.read(name)
+        array = self.file.read(name)
+        array.flags.writeable = False  # nobody else has it: no need to copy it before it is checked
+        return array
 
     def choice(self, key: str, choices: tuple[Any, ...]) -> Any:
         value = self.layer[key]
@@ -421,13 +426,14 @@ class _Decoder:
         if config.bits == 8:
             return self.take("weight_zero_point", "I8" if config.info.is_signed else "U8", saved).reshape(inner)
         if _zero_points_are_packed(config):
-            words = self.take("weight_zero_point", "I32", _packed_shape(saved))
-            nibbles = _unpack_zero_points(words, saved).astype(np.int16)
+            nibbles = _unpack_zero_points(self.take("weight_zero_point", "I32", _packed_shape(saved)), saved)
         else:
-            nibbles = self.take("weight_zero_point", "I8", saved).astype(np.int16) + 8
-        if nibbles.size and (nibbles.min() < 0 or nibbles.max() > 15):
-            raise ValueError("weight_zero_point has entries beyond 4 bits")
-        return (nibbles - 8 if config.info.is_signed else nibbles).astype(storage).reshape(inner)
+            nibbles = self.take("weight_zero_point", "I8", saved).view(np.uint8) + np.uint8(8)
+            if nibbles.max(initial=0) > 15:
+                raise ValueError("weight_zero_point has entries beyond 4 bits")
+        zero_point = (nibbles - np.uint8(8 if config.info.is_signed else 0)).view(storage).reshape(inner)
+        zero_point.flags.writeable = False
+        return zero_point
 
     def plain(self, quantized: QuantizedTensor, sqnr: float | None) -> Weight:
         return Weight(self.name, "tensor", quantized, sqnr)

@@ -99,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         help="show progress on standard error (default: when that is a terminal)",
     )  # fmt: skip
     parser = _Parser(prog="qnative", description="Quantize models for CPU inference, and see what it cost.")
+    parser.add_argument("--version", action="version", version=f"qnative {_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def command(name: str, run: Callable[[Any], tuple[str, Any]], text: str, *more: _Parser) -> argparse.ArgumentParser:
@@ -122,7 +123,9 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     quantize.add_argument("--group-size", type=int, metavar="N", help="elements a group (per_group; default: 32)")
     quantize.add_argument("--scale-dtype", default="float32", choices=SCALE_DTYPES, help="(default: float32)")
-    quantize.add_argument("--activations", default="dynamic", choices=ACTIVATIONS, help="how inputs are quantized")
+    quantize.add_argument(
+        "--activations", default="dynamic", choices=ACTIVATIONS, help="how inputs are quantized (default: dynamic)"
+    )
     quantize.add_argument(
         "--include", action="append", default=[], metavar="PATTERN",
         help="quantize these too, e.g. '*embed*' (may be repeated)",
@@ -164,6 +167,10 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--dtype", default="int8", choices=["int8", "int4", "fp8"], help="of weights (default: int8)")
     bench.add_argument("--seconds", type=float, default=0.3, metavar="S", help="a shape and contender (default: 0.3)")
     return parser
+
+
+def _version() -> str:
+    return str(sys.modules["qnative"].__version__)
 
 
 def _add_transpose(command: argparse.ArgumentParser) -> None:
@@ -393,9 +400,8 @@ def _info(options: Any) -> tuple[str, Any]:
 
     from qnative import _core, bench, cpus, threads
 
-    version = str(sys.modules["qnative"].__version__)
     document = {
-        "version": version,
+        "version": _version(),
         "python": platform.python_version(),
         "numpy": np.__version__,
         "platform": platform.platform(),
@@ -411,7 +417,7 @@ def _info(options: Any) -> tuple[str, Any]:
     }
     usable = [name for name, ok in _core.isas().items() if ok]
     lines = [
-        f"qnative   {version}",
+        f"qnative   {_version()}",
         f"python    {document['python']}, numpy {document['numpy']}, {document['platform']}",
         f"cpu       {document['cpu']}, {document['cpus_available']} available to this process" + (
             "" if document["cpu_quota"] is None else f", time of {document['cpu_quota']:g} by its control group"

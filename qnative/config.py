@@ -46,7 +46,7 @@ class _Choice(enum.StrEnum):
         if isinstance(value, str) and value.lower() != value:
             return cls(value.lower())
         choices = ", ".join(repr(str(m.value)) for m in cls)
-        raise ValueError(f"{value!r} is not a {cls.__name__}; choose one of {choices}")
+        raise ValueError(f"{value!r} is no {cls.__name__}; choose one of {choices}")
 
 
 class QuantMode(_Choice):
@@ -367,6 +367,15 @@ class QuantConfig:
         return cls(**fields)
 
 
+def check_config(config: object, name: str = "config") -> QuantConfig:
+    """Return `config` if it is a `QuantConfig`; TypeError if not."""
+    if not isinstance(config, QuantConfig):
+        raise TypeError(
+            f"{name} must be a QuantConfig, such as QuantConfig.int8_per_channel(), not {type(config).__name__}"
+        )
+    return config
+
+
 def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, enum.Enum) else value
 
@@ -439,8 +448,7 @@ class FakeQuantConfig:
         ) -> None: ...
 
     def __post_init__(self) -> None:
-        if not isinstance(self.quant, QuantConfig):
-            raise TypeError(f"quant must be a QuantConfig, not {type(self.quant).__name__}")
+        check_config(self.quant, "quant")
         object.__setattr__(self, "observer", ObserverMethod(self.observer))
         object.__setattr__(self, "learnable", bool(self.learnable))
         bits = _check_int("bits", self.bits)

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qnative.checkpoint import Stored, Weight, linear_layer
-from qnative.config import QParams, QuantConfig
+from qnative.config import QParams, QuantConfig, check_config
+from qnative.elementwise import check_nan
 from qnative.linear import ACTIVATION_FUNCTIONS
 from qnative.model import QuantizedModel
 from qnative.selection import (
@@ -97,8 +98,8 @@ def quantize_named_parameters(
     ValueError
         If a weight holds NaN or infinity; the message names it.
     """
-    config = _config(config)
-    _check_nan(nan)
+    config = QuantConfig.int8_per_channel() if config is None else check_config(config)
+    check_nan(nan)
     rules = Rules(include, exclude)
     found: dict[str, QuantizedTensor | NDArray[Any]] = {}
     for name, given in params.items() if isinstance(params, Mapping) else params:
@@ -109,19 +110,6 @@ def quantize_named_parameters(
             found[name] = given
     rules.report()
     return found
-
-
-def _config(config: QuantConfig | None) -> QuantConfig:
-    if config is None:
-        return QuantConfig.int8_per_channel()
-    if not isinstance(config, QuantConfig):
-        raise TypeError(f"config must be a QuantConfig, not {type(config).__name__}")
-    return config
-
-
-def _check_nan(nan: str) -> None:
-    if nan not in ("raise", "zero"):
-        raise ValueError(f"nan={nan!r} is not 'raise' or 'zero'")
 
 
 def quantize_model(
@@ -146,7 +134,8 @@ def quantize_model(
     ``X.bias``, in any order); those of higher rank become quantized tensors. Biases, norms and embeddings stay as they
     are, in their own dtype; embeddings (by the layer's own name or the one before it: ``word_embeddings``,
     ``embeddings.word``, ``wte``; not ``embed_out`` or ``embedder.0.fc``) that `include` names become quantized tensors,
-    of which `take` decodes the rows that are looked up. What is left alone for its name is logged at INFO.
+    of which `take` decodes the rows that are looked up. The logger ``"qnative"`` tells what is left alone for its name
+    (INFO), and which patterns match no name (WARNING).
 
     Parameters
     ----------
@@ -192,8 +181,8 @@ def quantize_model(
     ImportError
         For ``progress=True`` without tqdm.
     """
-    config = _config(config)
-    _check_nan(nan)
+    config = QuantConfig.int8_per_channel() if config is None else check_config(config)
+    check_nan(nan)
     rules = Rules(include, exclude, linear)
     transposed = Transposed(transpose)
     inputs = _calibrated(calibration)

@@ -20,7 +20,7 @@ from qnative.tensor import (
     store_zero_point,
 )
 
-__all__ = ["ACTIVATIONS", "ACTIVATION_FUNCTIONS", "QuantizedLinear"]
+__all__ = ["ACTIVATIONS", "ACTIVATION_FUNCTIONS", "QuantizedLinear", "quantize_bias"]
 
 #: How a layer may quantize what it is given, besides statically (a `QParams`).
 ACTIVATIONS = ("dynamic", "dynamic_symmetric", "float")
@@ -84,7 +84,7 @@ class QuantizedLinear(_core.PackedLinear):
             codes = tensor.data.view(np.uint8)
             if info.name == "uint8":
                 codes = codes ^ np.uint8(0x80)
-        self._fill(bias, tensor.scale, tensor.zero_point, codes=codes)
+        self._fill(bias, tensor.scale_data, tensor.zero_point, codes=codes)
 
     def _set_up(
         self,
@@ -167,7 +167,7 @@ class QuantizedLinear(_core.PackedLinear):
         values, dtype, qparams = found
         layer = cls.__new__(cls)
         layer._set_up(values.shape, dtype, config, bias, activations, activation, output)
-        layer._fill(bias, qparams.scale, qparams.zero_point, values=values)
+        layer._fill(bias, store_scale(qparams.scale, config), qparams.zero_point, values=values)
         return layer
 
     @classmethod
@@ -218,8 +218,8 @@ class QuantizedLinear(_core.PackedLinear):
             largest_input = max(codes.max - zero, zero - codes.min)
         else:
             largest_input = 255 if self._activations == "dynamic" else 127
-        zeros = zero_point.astype(np.int64)
-        largest_weight = int(max(config.quant_max - zeros.min(initial=255), zeros.max(initial=-128) - config.quant_min))
+        zeros = (int(zero_point.min()), int(zero_point.max())) if zero_point.size else (0, 0)
+        largest_weight = int(max(config.quant_max - zeros[0], zeros[1] - config.quant_min))
         count = min(self.in_features, config.group_size or self.in_features)
         largest = count * largest_input * largest_weight
         if bias is not None and bias.dtype == np.int32 and bias.size:
@@ -229,14 +229,15 @@ class QuantizedLinear(_core.PackedLinear):
     def _fill(
         self,
         bias: ArrayLike | None,
-        scale: NDArray[np.float32],
+        scale: NDArray[Any],
         zero_point: NDArray[Any],
         codes: NDArray[np.uint8] | None = None,
         values: NDArray[np.float32] | None = None,
     ) -> None:
         """Hand the weights to the kernels in their terms: codes are signed bytes or unsigned nibbles.
 
-        Codes, or floats that are quantized on their way into the panels.
+        Codes, or floats that are quantized on their way into the panels. Scales as they are stored, zero points in the
+        storage of codes.
         """
         config, info, (n, k) = self._config, self._config.info, self._shape
         bias_array = self._check_bias(bias)
@@ -244,13 +245,13 @@ class QuantizedLinear(_core.PackedLinear):
         self._wide = self._sum_may_overflow(zero_point, bias_array)
         offset = _stored_offset(config)
         grouped = (n, self._group_count())
-        zero = zero_point.astype(np.int32) + offset
+        zero = (zero_point.view(np.uint8) + np.uint8(offset % 256)).view(np.int8)  # modulo 256, as bytes are
         if k == 0:
-            scale, zero = np.ones(grouped, np.float32), np.zeros(grouped, np.int32)
+            scale, zero = store_scale(np.ones(grouped, np.float32), config), np.zeros(grouped, np.int8)
         elif config.group_size is None:
             scale, zero = scale.reshape(-1, 1), zero.reshape(-1, 1)
         scale = np.ascontiguousarray(np.broadcast_to(scale, grouped))
-        zeros = np.ascontiguousarray(np.broadcast_to(zero, grouped)) if np.any(zero) else None
+        zeros = np.ascontiguousarray(np.broadcast_to(zero, grouped)) if zero.any() else None
         if isinstance(self._activations, QParams):
             in_params, signed = _unsigned_params(self._activations), _input_dtype(self._activations) == np.int8
             kind = "static"
@@ -263,8 +264,8 @@ class QuantizedLinear(_core.PackedLinear):
         threads.meet_threadpoolctl()
         code_range = (0, 0) if info.is_float else (int(config.quant_min) + offset, int(config.quant_max) + offset)
         self._pack(
-            codes, values, k, max(1, min(k, config.group_size or k)), scale, zeros, bias_array, code_range=code_range,
-            scale_dtype=config.scale_dtype,
+            codes, values, k, max(1, min(k, config.group_size or k)), scale.view(np.uint8), zeros, bias_array,
+            code_range=code_range, scale_dtype=config.scale_dtype,
             format="int4" if info.bits == 4 else "int8" if not info.is_float else info.name,
             input=kind, activation=self._activation, output="float32" if out is None else out.dtype,
             in_params=in_params, out_params=out_params, signed_codes=signed, wide=self._wide,

@@ -158,10 +158,11 @@ class Observer(ABC):
             if statistic.reads_values:
                 readers.append(statistic)
         if readers:
-            for rows in rows_of(x, self.axis, max(statistic.each for statistic in readers)):
-                finite = np.isfinite(rows) if skipped.any() else None
+            clean = not skipped.any()
+            size, each = min(statistic.slab for statistic in readers), max(statistic.each for statistic in readers)
+            for rows in rows_of(x, self.axis, size, each):
                 for statistic in readers:
-                    statistic.add(rows, finite)
+                    statistic.add(rows, clean)
         for statistic in self._statistics.values():
             statistic.finish()
         self._torn = False

@@ -247,7 +247,8 @@ def _cell(value: Any) -> str:
     if isinstance(value, float):
         if not math.isfinite(value):
             return str(value)
-        return f"{value:.2f}" if 10 <= abs(value) < 1e5 else f"{value:.4g}"
+        text = f"{value:.2f}" if 10 <= abs(value) < 1e5 else f"{value:.4g}"
+        return f"{value:.6f}" if text == "1" and value != 1.0 else text  # cosines differ from 1 after four digits
     if isinstance(value, (list, tuple)):
         return "x".join(map(str, value)) or "()"
     text = str(value)  # a file's names are anybody's: no control characters reach the terminal

@@ -58,13 +58,14 @@ _CONV1D = ("c_attn", "c_proj", "c_fc")
 
 
 def logger() -> logging.Logger:
-    """Return the library's logger; it never prints by itself."""
+    """Return the library's logger.
+
+    It has no handler of its own: where a program has not set up logging, Python prints warnings to standard error, so
+    that a mistyped pattern does not pass unseen.
+    """
     import logging
 
-    logger = logging.getLogger("qnative")
-    if not logger.handlers:
-        logger.addHandler(logging.NullHandler())
-    return logger
+    return logging.getLogger("qnative")
 
 
 def layer_name(name: str) -> str:

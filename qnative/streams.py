@@ -72,12 +72,16 @@ def pieces(x: NDArray[Any], whole: tuple[int, ...], size: int) -> Iterator[NDArr
         yield as_float_array(x[(slice(None),) * cut + (slice(i, i + step),)])
 
 
-def rows_of(x: NDArray[Any], axis: int | None, each: int = 0) -> Iterator[NDArray[Any]]:
-    """Cut `x` into float arrays of shape (channels, n), (1, n) when `axis` is None, of about `SLAB` elements.
+def rows_of(x: NDArray[Any], axis: int | None, size: int, each: int) -> Iterator[NDArray[Any]]:
+    """Cut `x` into float arrays of shape (channels, n), (1, n) when `axis` is None, of about `size` elements.
 
-    Of more, where there are so many channels that n would else be less than `each`.
+    Of `SLAB` elements at most where that takes a copy; of more where there are so many channels that n would else be less than
+    `each`.
     """
-    size = SLAB if axis is None else min(max(SLAB, each * x.shape[axis]), MOST)
+    if axis is not None:
+        size = min(max(SLAB, each * x.shape[axis]), MOST)
+    elif not x.flags.c_contiguous or x.dtype not in (np.float32, np.float64):
+        size = min(size, SLAB)
     for piece in pieces(x, () if axis is None else (axis,), size):
         if axis is None:
             yield piece.reshape(1, -1)
@@ -120,6 +124,8 @@ class Statistic(ABC):
     fields: ClassVar[tuple[str, ...]]
     #: Whether `add` is to be called; the ends of a batch alone suffice otherwise.
     reads_values: ClassVar[bool] = True
+    #: Elements that `add` is best given.
+    slab: ClassVar[int] = SLAB
     #: Values of a channel that `add` wants at a time, so that what is kept of a channel stays in the cache meanwhile.
     each: ClassVar[int] = 0
 
@@ -127,8 +133,8 @@ class Statistic(ABC):
     def start(self, low: F64, high: F64) -> None:
         """Prepare for a batch with these finite ends (inf, -inf for a channel without a finite value)."""
 
-    def add(self, rows: NDArray[Any], finite: NDArray[np.bool_] | None) -> None:
-        """Take float values (channels, n); `finite`, of the same shape, tells which count (None: all)."""
+    def add(self, rows: NDArray[Any], clean: bool) -> None:
+        """Take float values (channels, n), of which NaN and infinities do not count; `clean`: there are none."""
         raise AssertionError(f"{type(self).__name__} reads no values")
 
     def finish(self) -> None:  # noqa: B027 (most have nothing to do)
@@ -163,6 +169,7 @@ class Histogram(Statistic):
     """
 
     fields = ("counts", "zeros", "exponent")
+    slab = 16 * SLAB  # it makes no temporaries
     each = 1 << 12
 
     def __init__(self, channels: int) -> None:
@@ -197,9 +204,8 @@ class Histogram(Statistic):
             self.counts[row, :, kept:] = 0
             self.exponent[row] = exponent[row]
 
-    def add(self, rows: NDArray[Any], finite: NDArray[np.bool_] | None) -> None:
+    def add(self, rows: NDArray[Any], clean: bool) -> None:
         """Count values."""
-        # NaN and infinities, all that `finite` can leave out, are passed over.
         _core.histogram(rows, SIDE_BITS - self.exponent, self.counts, self.zeros)
 
     def agrees(self, low: F64, high: F64, count: I64) -> bool:
@@ -239,16 +245,17 @@ class Moments(Statistic):
         """Begin the batch's own."""
         self._batch = Moments(len(low))
 
-    def add(self, rows: NDArray[Any], finite: NDArray[np.bool_] | None) -> None:
+    def add(self, rows: NDArray[Any], clean: bool) -> None:
         """Combine the batch's with those of these values."""
         assert self._batch is not None
         values = rows.astype(np.float64)
         with np.errstate(over="ignore", invalid="ignore"):  # near the end of float64: the rule falls back to the ends
-            if finite is None:
+            if clean:
                 number = np.full(len(rows), rows.shape[1], np.int64)
                 mean = values.mean(axis=1)
                 values -= mean[:, None]
             else:
+                finite = np.isfinite(rows)
                 number = np.count_nonzero(finite, axis=1).astype(np.int64)
                 mean = values.sum(axis=1, where=finite) / np.maximum(number, 1)
                 values = np.where(finite, values - mean[:, None], 0.0)

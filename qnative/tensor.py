@@ -11,7 +11,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from qnative import _core
-from qnative.config import CodeDType, ObserverMethod, QParams, QuantConfig, check_scale, qparams_from_range
+from qnative.config import (
+    CodeDType,
+    ObserverMethod,
+    QParams,
+    QuantConfig,
+    check_config,
+    check_scale,
+    qparams_from_range,
+)
 from qnative.elementwise import (
     cast_floats,
     check_nan,
@@ -78,8 +86,7 @@ class QuantizedTensor:
         def put(name: str, value: object) -> None:
             object.__setattr__(self, name, value)
 
-        if not isinstance(self.config, QuantConfig):
-            raise TypeError(f"config must be a QuantConfig, not {type(self.config).__name__}")
+        check_config(self.config)
         if self.dtype not in ORIGINAL_DTYPES:
             raise ValueError(f"dtype={self.dtype!r} of the original is not one of {', '.join(ORIGINAL_DTYPES)}")
         put("shape", tuple(int(n) for n in self.shape))
@@ -111,8 +118,16 @@ class QuantizedTensor:
             array.flags.writeable = False
             put(name, array)
         if check:
-            check_scale(self.scale)
+            if not self._has_valid_scales():
+                check_scale(self.scale)  # says which is not
             self._check_codes(info)
+
+    def _has_valid_scales(self) -> bool:
+        """Whether every scale is finite and > 0, which is a range of bits."""
+        stored, infinity = self.scale_data, {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}
+        bits = stored.view(np.uint32 if stored.itemsize == 4 else np.uint16)
+        one = bits.dtype.type(1)  # 0 wraps around
+        return bool(np.max(bits - one, initial=0) < infinity[self.config.scale_dtype] - 1)
 
     def _check_codes(self, info: CodeDType) -> None:
         low, high = self.config.quant_min, self.config.quant_max
@@ -123,9 +138,18 @@ class QuantizedTensor:
             raise ValueError(f"zero points {self.zero_point.min()}..{self.zero_point.max()} are outside {low}..{high}")
         if not info.is_float and low > info.min:  # elsewhere every stored code is in range
             for block in self._blocks():
-                codes = self._codes_of(block)
-                if codes.size and codes.min() < low:
-                    raise ValueError(f"code {codes.min()} is below quant_min {low} of {self.config}")
+                least = self._least_nibble(block) + info.min if info.bits == 4 else np.min(block, initial=info.max)
+                if least < low:
+                    raise ValueError(f"code {least} is below quant_min {low} of {self.config}")
+
+    def _least_nibble(self, words: NDArray[Any]) -> int:
+        """Return the least of packed codes, as they are packed, whatever pads their rows."""
+        rest = (self.shape[-1] if self.shape else 1) % 8
+        if rest:
+            words = words.copy()
+            words[..., -1] |= np.int32(-1 << 4 * rest)
+        pairs = words.view(np.uint8)
+        return int(min(np.min(pairs, initial=255) >> 4, np.min(pairs & np.uint8(15), initial=15)))
 
     def __reduce__(self) -> tuple[Any, ...]:
         parts = (self.data, self.scale_data, self.zero_point, self.shape, self.dtype, self.config, False)
@@ -338,7 +362,7 @@ def quantize_tensor(
     ValueError
         For NaN or infinities, a scale that cannot be stored, or qparams that do not fit.
     TypeError
-        If x is not of floats.
+        If x is not of floats, config no `QuantConfig` or qparams no `QParams`.
 
     Examples
     --------
@@ -347,9 +371,7 @@ def quantize_tensor(
     array([[  64, -127],
            [ 127,   16]], dtype=int8)
     """
-    config = QuantConfig.int8() if config is None else config
-    if not isinstance(config, QuantConfig):
-        raise TypeError(f"config must be a QuantConfig, not {type(config).__name__}")
+    config = QuantConfig.int8() if config is None else check_config(config)
     values = as_float_array(x)
     info, granules = config.info, Granules.of_config(values.shape, config)
     check_nan(nan)
@@ -382,6 +404,8 @@ def _find_qparams(values: NDArray[Any], config: QuantConfig, method: ObserverMet
 
 
 def _own_qparams(qparams: QParams, config: QuantConfig, granules: Granules, ndim: int) -> QParams:
+    if not isinstance(qparams, QParams):
+        raise TypeError(f"qparams must be a QParams, not {type(qparams).__name__}; wrap a scale: QParams(scale)")
     if qparams.dtype != config.dtype:
         raise ValueError(f"qparams are of {qparams.dtype}, the config of {config.dtype}; they must agree")
 

@@ -60,7 +60,7 @@ typedef struct {
     qn_input input;
     qn_output output;
     qn_activation activation;
-    int asymmetric, wide, from_floats, extreme, compact, one_zero;
+    int asymmetric, has_sums, wide, from_floats, extreme, one_zero;
     int threads;
 } layer;
 
@@ -84,9 +84,9 @@ static layer random_layer(void) {
     l.asymmetric = !float8 && below(2);
     l.from_floats = l.format == QN_INT8 && l.group == l.k && below(2);
     l.extreme = below(4) == 0;
-    l.compact = l.format == QN_INT4 && l.group < l.k && l.group <= QN_PAIR_GROUP && !float_product; /* as they are made from Python */
-    l.scale = l.compact ? (qn_scale)below(3) : QN_SCALE_FLOAT32;
-    l.one_zero = !l.compact ? 0 : !l.asymmetric ? 0 : below(2) ? (int)below(16) : -1;
+    l.has_sums = !float_product && !(l.format == QN_INT4 && l.group < l.k && l.group <= QN_PAIR_GROUP); /* as from Python */
+    l.scale = l.from_floats ? QN_SCALE_FLOAT32 : (qn_scale)below(3);
+    l.one_zero = l.format != QN_INT4 || !l.asymmetric ? 0 : below(2) ? (int)below(16) : -1;
     int64_t x_row = l.k * (codes ? 1 : 4), groups = (l.k + l.group - 1) / l.group;
     int64_t out_bytes = l.output == QN_OUTPUT_ACC64 ? 8 : l.output == QN_OUTPUT_INT8 || l.output == QN_OUTPUT_UINT8 ? 1 : 4;
     int64_t y_row = l.n * out_bytes * (l.output >= QN_OUTPUT_ACC32 ? groups : 1);
@@ -107,11 +107,27 @@ static uint8_t random_code(const layer *l) {
     return l->extreme ? (code & 1 ? 0x80 : 0x7F) : code;
 }
 
-/* A scale that its type holds exactly, now and then a subnormal float16. */
-static float random_scale(qn_scale type) {
-    if (type == QN_SCALE_FLOAT16) return (float)from_to(1, 2047) * (below(8) ? 0x1p-17f : 0x1p-24f);
-    if (type == QN_SCALE_BFLOAT16) return (float)from_to(1, 255) * 0x1p-14f;
-    return 0.01f + 0.005f * random_float();
+/* Scales of a type, float16's now and then subnormal, and what they are as float32. */
+static void random_scales(qn_scale type, uint8_t *to, float *values, int64_t count) {
+    for (int64_t i = 0; i < count; i++) {
+        values[i] = 0.01f + 0.005f * random_float();
+        uint32_t bits;
+        memcpy(&bits, values + i, 4);
+        uint16_t narrow = (uint16_t)(bits >> 16);
+        if (type == QN_SCALE_FLOAT16) {
+            int64_t mantissa = from_to(0, 1023), exponent = below(8) ? from_to(1, 12) : 0;
+            if (exponent + mantissa == 0) mantissa = 1;
+            narrow = (uint16_t)(exponent << 10 | mantissa);
+            values[i] = exponent ? (float)(1024 + mantissa) * (float)(1 << exponent) * 0x1p-25f : (float)mantissa * 0x1p-24f;
+        } else if (type == QN_SCALE_BFLOAT16) {
+            bits &= 0xFFFF0000u;
+            memcpy(values + i, &bits, 4);
+        }
+        if (type == QN_SCALE_FLOAT32)
+            memcpy(to + i * 4, values + i, 4);
+        else
+            memcpy(to + i * 2, &narrow, 2);
+    }
 }
 
 static void fill_floats(uint8_t *to, int64_t bytes, int specials) {
@@ -138,9 +154,9 @@ static void compare(const qn_kernel *kernel, const char *what, const layer *l, c
     } else if (memcmp(found, expected, (size_t)bytes) != 0) {
         failures++;
         fprintf(stderr, "%s: %s differs: %ld x %ld x %ld, groups of %ld, format %d, input %d, output %d, activation %d, bias %d, "
-                        "asymmetric %d, wide %d, compact %d, scale %d, one zero %d, %d threads\n",
+                        "asymmetric %d, wide %d, scale %d, one zero %d, %d threads\n",
                 kernel->name, what, (long)l->m, (long)l->n, (long)l->k, (long)l->group, (int)l->format, (int)l->input, (int)l->output,
-                (int)l->activation, (int)l->bias, l->asymmetric, l->wide, l->compact,
+                (int)l->activation, (int)l->bias, l->asymmetric, l->wide,
                 (int)l->scale, l->one_zero, l->threads);
     }
 }
@@ -150,19 +166,20 @@ static void run_layer(const layer *l, edge at) {
     int64_t groups = (l->k + l->group - 1) / l->group;
     int codes = l->input == QN_INPUT_INT8_CODES || l->input == QN_INPUT_UINT8_CODES;
     qn_weights w = {.format = l->format, .bias = l->bias, .asymmetric = l->asymmetric, .n = l->n, .k = l->k, .group = l->group,
-                    .compact = l->compact, .scale = l->scale, .one_zero = l->one_zero};
+                    .has_sums = l->has_sums, .scale = l->format == QN_INT4 ? l->scale : QN_SCALE_FLOAT32, .one_zero = l->one_zero};
     qn_weights_layout(&w);
-    block source = guarded(l->source_bytes, at), scale = guarded(l->n * groups * 4, at), zero = guarded(l->n * groups * 4, at);
+    block source = guarded(l->source_bytes, at), scale = guarded(l->n * groups * (l->scale == QN_SCALE_FLOAT32 ? 4 : 2), at);
+    block zero = guarded(l->n * groups, at), scale_values = guarded(l->n * groups * 4, at);
     block bias = guarded(l->n * 4, at), x = guarded(l->x_bytes, at), expected = guarded(l->y_bytes, at);
     block first_data = guarded(w.panels * w.panel_bytes, at);
     if (l->from_floats)
         fill_floats(source.data, l->source_bytes, 0);
     else
         for (int64_t i = 0; i < l->source_bytes; i++) source.data[i] = random_code(l);
+    random_scales(l->scale, scale.data, (float *)(void *)scale_values.data, l->n * groups);
     for (int64_t i = 0; i < l->n * groups; i++) {
-        ((float *)(void *)scale.data)[i] = random_scale(l->scale);
-        ((int32_t *)(void *)zero.data)[i] = (int32_t)(l->format == QN_INT4 ? below(16) : from_to(-128, 127));
-        if (l->compact && l->one_zero >= 0) ((int32_t *)(void *)zero.data)[i] = l->one_zero;
+        int64_t value = l->format != QN_INT4 ? from_to(-128, 127) : l->one_zero >= 0 ? l->one_zero : below(16);
+        zero.data[i] = (uint8_t)value;
     }
     if (l->bias == QN_BIAS_INT32)
         for (int64_t i = 0; i < l->n; i++) ((int32_t *)(void *)bias.data)[i] = (int32_t)from_to(-10000, 10000);
@@ -173,8 +190,8 @@ static void run_layer(const layer *l, edge at) {
     else
         for (int64_t i = 0; i < l->x_bytes; i++) x.data[i] = random_code(l);
     qn_source from = {.codes = l->from_floats ? NULL : source.data, .values = l->from_floats ? (const float *)(void *)source.data : NULL,
-                      .stride = l->source_stride, .low = -127, .high = 127, .scale = (const float *)(void *)scale.data,
-                      .zero = l->asymmetric ? (const int32_t *)(void *)zero.data : NULL, .bias = l->bias ? bias.data : NULL};
+                      .stride = l->source_stride, .low = -127, .high = 127, .scale = scale.data, .scale_type = l->scale,
+                      .zero = l->asymmetric ? (const int8_t *)zero.data : NULL, .bias = l->bias ? bias.data : NULL};
     for (int i = 0; qn_kernels[i]; i++) {
         const qn_kernel *kernel = qn_kernels[i];
         if (!kernel->usable()) continue;
@@ -198,7 +215,7 @@ static void run_layer(const layer *l, edge at) {
         compare(kernel, "the layer", l, y.data, expected.data, l->y_bytes);
         for (int64_t n = 0; n < l->n; n++) /* what the panels hold is what was given */
             for (int64_t g = 0; g < groups; g++)
-                if (qn_weight_scale(&w, n, g) != from.scale[n * groups + g] || (from.zero && qn_weight_zero(&w, n, g) != from.zero[n * groups + g])) {
+                if (qn_weight_scale(&w, n, g) != ((const float *)(const void *)scale_values.data)[n * groups + g] || (from.zero && qn_weight_zero(&w, n, g) != from.zero[n * groups + g])) {
                     fprintf(stderr, "%s: scale or zero point of column %ld, group %ld\n", kernel->name, (long)n, (long)g);
                     failures++;
                 }
@@ -208,7 +225,7 @@ static void run_layer(const layer *l, edge at) {
         release(&data);
         release(&y);
     }
-    block *all[] = {&source, &scale, &zero, &bias, &x, &expected, &first_data};
+    block *all[] = {&source, &scale, &scale_values, &zero, &bias, &x, &expected, &first_data};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) release(all[i]);
 }
 

@@ -57,6 +57,8 @@ static void make_weights(qn_weights *w, const layer_kind *kind) {
     w->k = K;
     w->group = kind->group;
     w->asymmetric = kind->format == QN_INT8 || kind->format == QN_INT4;
+    w->has_sums = w->asymmetric && kind->input != QN_INPUT_FLOAT;
+    w->one_zero = kind->format == QN_INT4 ? -1 : 0;
     w->bias = kind->output == QN_OUTPUT_ACC32 ? QN_NO_BIAS : QN_BIAS_FLOAT32;
     qn_weights_layout(w);
     w->data = aligned(w->panels * w->panel_bytes);
@@ -67,13 +69,19 @@ static void make_weights(qn_weights *w, const layer_kind *kind) {
         int count = p < w->panels - 1 ? QN_NR : COLUMNS - (int)p * QN_NR;
         uint8_t *panel = w->data + p * w->panel_bytes;
         float *scale = (float *)(panel + w->scale_at), *bias = (float *)(panel + w->bias_at);
-        int32_t *zero = (int32_t *)(panel + w->zero_at);
+        uint8_t *zero = panel + w->zero_at;
         qn_pack_panel(&qn_kernel_scalar, w, p, codes + p * QN_NR * K, K, count);
         for (int n = 0; n < count; n++) {
             if (w->bias != QN_NO_BIAS) bias[n] = random_float();
             for (int64_t g = 0; g < w->groups; g++) {
                 scale[g * QN_NR + n] = 0.01f + 0.005f * random_float();
-                if (w->asymmetric) zero[g * QN_NR + n] = random_code(kind->format);
+                if (!w->asymmetric) continue;
+                int32_t value = random_code(kind->format);
+                int64_t at = g * QN_NR + n;
+                if (kind->format == QN_INT4)
+                    zero[at / 2] |= (uint8_t)(value << at % 2 * 4);
+                else
+                    memcpy(zero + at * 4, &value, 4);
             }
         }
     }

@@ -22,7 +22,7 @@ LABEL = re.compile(r"^([\w.$]+):")
 JUMP = re.compile(r"^\s+j\w+\s+([\w.$]+)\s*$")
 #: Source file, and how many loops each of its functions has at least: one for each number of rows (and panels).
 KERNELS = {
-    "qn_gemm_avx2.c": {"layer_tile": 6, "tile_int8": 6, "tile_int4": 6},
+    "qn_gemm_avx2.c": {"layer_rows": 5, "layer_panel": 3, "tile_int8": 6, "tile_int4": 6},
     "qn_gemm_avxvnni.c": {"layer_tile": 10, "tile_int8": 6, "tile_int4": 6},
     "qn_gemm_vnni256.c": {"layer_tile": 10, "tile_int8": 6, "tile_int4": 6},
     "qn_gemm_vnni.c": {"layer_tile": 28, "tile_int8": 24, "tile_int4": 24},

@@ -320,6 +320,8 @@ def test_as_a_process(checkpoint: Path, tmp_path: Path) -> None:
     assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
     done = run("--help")
     assert done.returncode == 0 and all(c in done.stdout for c in ("quantize", "inspect", "compare", "verify", "bench"))
+    done = run("--version")
+    assert done.returncode == 0 and done.stdout == f"qnative {qn.__version__}\n"
     done = run("info", env={**os.environ, "QNATIVE_ISA": "scalar"})
     assert "in use: scalar (by QNATIVE_ISA)" in done.stdout
     done = run("info", env={**os.environ, "QNATIVE_ISA": "mmx"})

@@ -8,26 +8,14 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
-import textwrap
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import python
 
 import qnative as qn
-
-SECONDS_UNTIL_HUNG = 120
-
-
-def python(code: str, *options: str, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, *options, "-c", textwrap.dedent(code)],
-        capture_output=True, text=True, timeout=SECONDS_UNTIL_HUNG, env=os.environ | environment,
-    )  # fmt: skip
-    assert done.returncode == 0, f"ended with {done.returncode}\n{done.stdout}{done.stderr}"
-    return done.stdout.strip()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT to itself")

@@ -102,7 +102,9 @@ def test_init_only_looks_names_up() -> None:
     }
     assert set(told) == set(qnative.__all__)
     for name, module in told.items():
-        assert getattr(importlib.import_module(str(module)), name) is getattr(qnative, name)
+        home = importlib.import_module(str(module))
+        assert getattr(home, name) is getattr(qnative, name)
+        assert name in home.__all__, f"{module} does not list {name}, which is public"
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = qnative.nothing  # type: ignore[attr-defined]
     assert set(qnative.__all__) <= set(dir(qnative))

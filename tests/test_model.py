@@ -141,6 +141,12 @@ def test_patterns_that_match_nothing_are_logged(caplog: pytest.LogCaptureFixture
     )
 
 
+def test_warnings_are_seen_where_logging_is_not_set_up() -> None:
+    code = "import numpy, qnative; qnative.quantize_named_parameters({'a': numpy.zeros((2, 2), 'f')}, exclude='typo')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "exclude pattern 'typo' matches no parameter\n" and done.stdout == ""
+
+
 def test_bad_patterns_and_configs() -> None:
     with pytest.raises(TypeError, match="include must be fnmatch patterns"):
         qn.quantize_model(checkpoint(), include=[1])  # type: ignore[list-item]
@@ -242,7 +248,7 @@ def test_nan_becomes_zero_where_that_is_asked_for(executor: Any, tmp_path: Path)
         model.save(tmp_path / "m.safetensors")
         same_model(model, qn.QuantizedModel.load(tmp_path / "m.safetensors"))
     for call in (qn.quantize_named_parameters, qn.quantize_model):
-        with pytest.raises(ValueError, match="nan='no' is not"):
+        with pytest.raises(ValueError, match="nan='no' must be"):
             call({}, nan="no")
 
 

@@ -101,6 +101,26 @@ def native(build: Build) -> str:
     return run_portable(build(compiler_here(), "portable"))
 
 
+def divide(build: Build, stride: int) -> dict[str, int]:
+    words = run(build(compiler_here(), "division"), str(stride)).split()
+    return dict(zip(words[::2], map(int, words[1::2]), strict=True))
+
+
+def test_multiplying_divides(build: Build) -> None:
+    """The step after the product with the reciprocal is needed, and is enough: for every 61st divisor."""
+    found = divide(build, 61)  # a prime: of every kind of divisor
+    assert found["tried"] > 1_000_000
+    assert found["without"] > found["tried"] // 10
+    assert found["wrong"] == 0
+
+
+@pytest.mark.slow
+def test_multiplying_divides_by_every_divisor(build: Build) -> None:
+    found = divide(build, 1)
+    assert found["tried"] > 80_000_000
+    assert found["wrong"] == 0
+
+
 def test_flags_are_those_of_the_build() -> None:
     assert "-ffp-contract=off" in NUMERIC_FLAGS
     assert not any("sanitize" in flag for flag in NUMERIC_FLAGS)

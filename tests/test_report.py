@@ -158,6 +158,11 @@ def test_table_is_aligned() -> None:
     ]
 
 
+def test_what_is_nearly_one_is_not_shown_as_one() -> None:
+    shown = [report.table([{"cosine": x}]).split("\n")[2].strip() for x in (0.99997, 0.9998, 1.0, 1.00003)]
+    assert shown == ["0.999970", "0.9998", "1", "1.000030"]
+
+
 def test_table_of_objects_and_of_nothing() -> None:
     model = qn.quantize_model(params())
     lines = report.table(model.totals.layers).split("\n")

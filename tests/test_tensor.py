@@ -370,6 +370,10 @@ def test_ones_own_qparams() -> None:
     ):
         with pytest.raises(ValueError, match=r"qparams|QParams"):
             qn.quantize_tensor(x, qn.QuantConfig.int8(), bad)
+    with pytest.raises(TypeError, match=r"not float; wrap a scale: QParams\(scale\)"):
+        qn.quantize_tensor(x, qn.QuantConfig.int8(), 0.1)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"such as QuantConfig.int8_per_channel\(\), not method"):
+        qn.quantize_tensor(x, qn.QuantConfig.int8)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"min_max"):
         qn.quantize_tensor(x, qn.QuantConfig.int8(), method="median")
     square = np.ones((4, 4), np.float32)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import SECONDS_UNTIL_HUNG, python
 from test_portable import compiler_here, links
 
 import qnative as qn
@@ -22,8 +23,6 @@ ROOT = Path(__file__).resolve().parents[1]
 POSIX = pytest.mark.skipif(os.name != "posix", reason="there is no pool but on POSIX")
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc")
 FORK = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-#: Long past what any of them takes, on a machine with other things to do.
-SECONDS_UNTIL_HUNG = 120
 
 
 @pytest.fixture(autouse=True)
@@ -33,16 +32,6 @@ def limit_left_alone() -> Iterator[None]:
     yield
     assert len(threads._settings) == 1
     qn.set_num_threads(None)
-
-
-def python(code: str, *options: str, **environment: str) -> str:
-    """Run code in an interpreter of its own; the test fails when that fails, or hangs. Returns what it prints."""
-    done = subprocess.run(
-        [sys.executable, *options, "-c", textwrap.dedent(code)],
-        capture_output=True, text=True, timeout=SECONDS_UNTIL_HUNG, env=os.environ | environment,
-    )  # fmt: skip
-    assert done.returncode == 0, f"ended with {done.returncode}\n{done.stdout}{done.stderr}"
-    return done.stdout.strip()
 
 
 # The pool itself, in C

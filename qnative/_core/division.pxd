@@ -1,10 +1,9 @@
-"""Division by multiplication, with the bits of the true one where the quotient is then rounded to a code.
+"""Division by multiplication, with the bits of the true one.
 
-With r = fl(1 / s), t = fl(x r) and e = fl(x - t s), the quotient fl(t + e r) is on the same side of every tie between two
-codes as fl(x / s), for the scales that `divides_by_multiplying` names; csrc/qn_tile.h has the proof for ties H / 2, H
-odd and below 2^9. Powers of two change no mantissa, so it holds for the ties of float8 as well (H 2^k, H below 2^5), as long
-as e is exact: it is a multiple of the last places of t and s, and t is 2^-18 or more where there is a tie. With s a power of
-two, t is the quotient itself. Of the zeros only +0 comes out.
+With r = fl(1 / s), t = fl(x r) and e = fl(x - t s), fl(t + e r) is fl(x / s): csrc/qn_tile.h says why, tests/division.c has
+looked at every s. It holds while nothing is subnormal or overflows, which is what `divides_by_multiplying` asks of s; where the
+quotient is below 2^-18, e may be subnormal, and the result is the quotient but for its last places, of which no code
+(a whole number, or a float8) depends. Of the zeros only +0 comes out.
 """
 
 from libc.math cimport fmaf
@@ -13,11 +12,25 @@ from libc.string cimport memcpy
 
 from qnative._core.levels cimport inlined
 
+cdef enum:
+    LEAST = 57 << 23          # 2^-70 and 2^100, as bits
+    RANGE = (227 << 23) - LEAST
+
+
+cdef inline inlined divide_by_multiplying(const float *scale, Py_ssize_t n, bint *yes) noexcept nogil:
+    """Whether all of n scales do; compared as integers, which is vectorized."""
+    cdef uint32_t bits, beyond = 0
+    cdef Py_ssize_t i
+    for i in range(n):
+        memcpy(&bits, &scale[i], 4)
+        beyond |= (bits - <uint32_t>LEAST) > <uint32_t>RANGE
+    yes[0] = not beyond
+
 
 cdef inline bint divides_by_multiplying(float scale) noexcept nogil:
-    cdef uint32_t bits
-    memcpy(&bits, &scale, 4)
-    return 2.0**-70 <= scale <= 2.0**100 and ((bits + 64) % 0x10000 >= 128 or bits % 0x800000 == 0)
+    cdef bint yes
+    divide_by_multiplying(&scale, 1, &yes)
+    return yes
 
 
 cdef inline inlined divided(float x, float scale, float reciprocal, bint by_multiplying, float *quotient) noexcept nogil:

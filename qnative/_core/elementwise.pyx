@@ -3,36 +3,38 @@
 
 a) Every granularity is one walk (`walk.pxd`), which a long array is given in pieces (`pieces.pxd`).
 b) Python has checked and coerced; these functions check again every size that guards a pointer.
-c) A run of the walk is worked off by loops over multiples of 64 elements, by 32, and the rest as 32 of which some are not
-   wanted: loops for which a compiler needs neither a beginning nor an end.
-d) The rules clamp in floating point, so that no conversion overflows. float64 input has plain loops of its own.
+c) A batch is what is done in one loop (`next_batch`): runs of whole vectors, or other elements with their parameters laid
+   out, an entry for each.
+d) The loops are over 64 elements, known to the compiler, which needs neither a beginning nor an end; what is left
+   over is done as 64 of which some are not wanted.
+e) The rules clamp in floating point, so that no conversion overflows. float64 input has plain loops of its own.
 """
 
-from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 from libc.float cimport DBL_MAX
-from libc.math cimport fabs, rint, rintf
+from libc.math cimport fabs, fmaf, rint, rintf
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t
 from libc.string cimport memcpy, memset
 
-from qnative._core.division cimport divided, divides_by_multiplying
+from qnative._core.division cimport divide_by_multiplying, divided
 from qnative._core.floats cimport (
     Decoder, Encoder, Format, decode_code, decoder_of, encode_float, encoder_of, format_of, to_odd,
 )
 from qnative._core.levels cimport (
-    AVX2, AVX512, BASELINE, SPAN, at_avx2, at_avx512, at_baseline, chosen_level, fetch, inlined, own_bytes, own_floats,
-    own_lanes,
+    AHEAD, AVX2, AVX512, ask, at_avx2, at_avx512, at_baseline, chosen_level, inlined, own_bytes, own_floats,
 )
 from qnative._core.pieces cimport PIECE, in_pieces, qn_atomic, qn_atomic_add, qn_atomic_get
-from qnative._core.walk cimport Walk, by_columns, check_sizes, new_walk, next_run, part, rows_share
+from qnative._core.walk cimport Walk, by_columns, check_sizes, new_walk, next_run, next_start, part, rows_share, skip_runs
 
 ctypedef fused real:
     float
     double
 
 cdef enum:
-    WIDE = 64    # a vector of codes, at least
-    NARROW = 32  # a small group, and half such a vector
-    TILE = 1024  # columns whose scales, reciprocals and zero points stay in the L1 cache
+    WIDE = 64     # elements of a step: a vector of codes, at least
+    LONG = 256    # a run of so many elements is worth a loop of its own, what is left over another
+    BATCH = 1024  # elements whose parameters are laid out: they stay in the L1 cache
+    CHUNK = 16    # entries that are laid out at a time, some of them perhaps beyond what is asked for
+    ROWS = 16     # of a piece, for which the parameters of columns are laid out once
     PICOSECONDS = 300  # an element takes, roughly
 
 
@@ -50,7 +52,6 @@ cdef struct Task:
     const double *x_wide  # else NULL
     const uint8_t *codes
     const float *scale
-    const float *reciprocal  # of every scale, where all of them divide by multiplying, else NULL
     const int32_t *zero
     int32_t low, high
     int32_t flip  # 0x80 where codes are int8: (code ^ 0x80) - 0x80 reads a byte as one
@@ -61,31 +62,52 @@ cdef struct Task:
     qn_atomic nonfinite
 
 
-# Element rules: of n elements, of one scale or (`each`) of one each. The largest magnitude, as bits, goes to top: to top[0],
-# or, where n is the constant NARROW, to top[i], since finding the largest of a vector would take longer than all the rest.
+cdef struct Parameters:  # an entry for each element of a batch, or for each of its runs
+    float scale[BATCH + WIDE]
+    float reciprocal[BATCH + WIDE]
+    float least[BATCH + WIDE]  # x is clamped to these before it is divided by multiplying, else its quotient is
+    float most[BATCH + WIDE]
+    uint8_t zero_byte[BATCH + WIDE]
+    int32_t zero[BATCH + WIDE]  # of these two, what the rule needs
+
+
+cdef struct Batch:
+    Walk walk
+    # what of the walk is in no batch yet: so many runs of one size, of scales that follow each other
+    Py_ssize_t start, runs, size, scale
+    # the batch
+    Py_ssize_t begin, count
+    Py_ssize_t span     # elements of an entry of parameters: 1, or a multiple of WIDE
+    Py_ssize_t ahead    # how far ahead lies what is worked on next, in elements
+    Py_ssize_t columns  # the first scale of the parameters that are laid out, in a walk by columns, else -1
+    bint by_multiplying
+
+
+# Element rules: of WIDE elements, the parameters being p's entry `at` or (`each`) an entry each, from there. What is not
+# finite makes a NaN of a lane of `tracks`.
+
+cdef inlined track(float x, bint fused, float *lane) noexcept nogil:
+    if fused:
+        lane[0] = fmaf(x, 0, lane[0])
+    else:
+        lane[0] += x * <float>0
+
 
 cdef inlined to_codes(
-    const float *x, own_bytes out, Py_ssize_t n, const float *s, const float *r, const int32_t *z, int32_t low,
-    int32_t high, bint by_multiplying, bint each, bint narrow, own_lanes top
+    const float *x, own_bytes out, const Parameters *p, Py_ssize_t at, bint by_multiplying, bint each, bint fused,
+    own_floats tracks
 ) noexcept nogil:
     """clamp(rint(x / s) + z, low, high); NaN becomes the zero point."""
     cdef Py_ssize_t i
-    cdef float scale = s[0], reciprocal = r[0], lo = <float>(low - z[0]), hi = <float>(high - z[0]), least, most, v, q
-    cdef int32_t zero = z[0]
-    cdef uint32_t bits, largest = 0
-    least, most = lo * scale, hi * scale
-    for i in range(n):
+    cdef float scale = p.scale[at], reciprocal = p.reciprocal[at], least = p.least[at], most = p.most[at], v, q
+    cdef uint8_t zero = p.zero_byte[at]
+    cdef uint32_t bits
+    for i in range(WIDE):
         if each:
-            scale, reciprocal, zero = s[i], r[i], z[i]
-            lo, hi = <float>(low - zero), <float>(high - zero)
-            least, most = lo * scale, hi * scale
+            scale, reciprocal, zero = p.scale[at + i], p.reciprocal[at + i], p.zero_byte[at + i]
+            least, most = p.least[at + i], p.most[at + i]
         v = x[i]
-        memcpy(&bits, &v, 4)
-        bits &= 0x7FFFFFFFu  # ordered as the magnitudes are; NaN and Inf on top
-        if narrow:
-            top[i] = bits if bits > top[i] else top[i]
-        else:
-            largest = bits if bits > largest else largest
+        track(v, fused, &tracks[i])
         v = v if v == v else 0
         if by_multiplying:  # clamped before, which is the same: the ends are codes, and divide to within half of one
             v = least if v < least else v
@@ -93,226 +115,307 @@ cdef inlined to_codes(
             divided(v, scale, reciprocal, True, &q)
         else:
             q = rintf(v / scale)
-            q = lo if q < lo else q
-            q = hi if q > hi else q
+            q = least if q < least else q
+            q = most if q > most else q
         q += <float>12582912  # 1.5 * 2^23, whose last place is 1 and whose last byte 0: rounds to even
         memcpy(&bits, &q, 4)
-        out[i] = <uint8_t>(bits + <uint32_t>zero)
-    if not narrow:
-        top[0] = largest if largest > top[0] else top[0]
+        out[i] = <uint8_t>(<uint8_t>bits + zero)
 
 
 cdef inlined to_codes8(
-    const float *x, own_bytes out, Py_ssize_t n, const float *s, const float *r, Encoder e, bint by_multiplying,
-    bint each, bint narrow, own_lanes top
+    const float *x, own_bytes out, const Parameters *p, Py_ssize_t at, Encoder e, bint each, bint fused,
+    own_floats tracks
 ) noexcept nogil:
-    """encode(x / s), saturating; NaN becomes 0."""
+    """encode(x / s), saturating; NaN becomes 0. Dividing takes less long than what multiplying instead would need besides."""
     cdef Py_ssize_t i
-    cdef float scale = s[0], reciprocal = r[0], largest_value, most, v
-    cdef uint32_t bits, sign, largest = 0
-    memcpy(&largest_value, &e.most, 4)
-    most = largest_value * scale
-    for i in range(n):
+    cdef float scale = p.scale[at], v
+    cdef uint32_t bits
+    for i in range(WIDE):
         if each:
-            scale, reciprocal = s[i], r[i]
-            most = largest_value * scale
+            scale = p.scale[at + i]
         v = x[i]
-        memcpy(&bits, &v, 4)
-        bits &= 0x7FFFFFFFu
-        if narrow:
-            top[i] = bits if bits > top[i] else top[i]
-        else:
-            largest = bits if bits > largest else largest
+        track(v, fused, &tracks[i])
         v = v if v == v else 0
-        if by_multiplying:
-            v = -most if v < -most else v
-            v = most if v > most else v
-        memcpy(&sign, &v, 4)
-        divided(v, scale, reciprocal, by_multiplying, &v)
-        if by_multiplying:  # which makes +0 of -0
-            memcpy(&bits, &v, 4)
-            bits |= sign & 0x80000000u
-            memcpy(&v, &bits, 4)
-        encode_float(v, e, False, False, False, by_multiplying, &bits)
+        encode_float(v / scale, e, False, False, False, False, &bits)
         out[i] = <uint8_t>bits
-    if not narrow:
-        top[0] = largest if largest > top[0] else top[0]
 
 
 cdef inlined from_codes(
-    const uint8_t *codes, own_floats out, Py_ssize_t n, const float *s, const int32_t *z, int32_t flip, bint each
+    const uint8_t *codes, own_floats out, const Parameters *p, Py_ssize_t at, int32_t flip, bint each
 ) noexcept nogil:
     cdef Py_ssize_t i
-    cdef float scale = s[0]
-    cdef int32_t zero = z[0] + flip
-    for i in range(n):
+    cdef float scale = p.scale[at]
+    cdef int32_t zero = p.zero[at] + flip
+    for i in range(WIDE):
         if each:
-            scale, zero = s[i], z[i] + flip
+            scale, zero = p.scale[at + i], p.zero[at + i] + flip
         out[i] = <float>((codes[i] ^ flip) - zero) * scale
 
 
 cdef inlined from_codes8(
-    const uint8_t *codes, own_floats out, Py_ssize_t n, const float *s, Decoder d, bint each
+    const uint8_t *codes, own_floats out, const Parameters *p, Py_ssize_t at, Decoder d, bint each
 ) noexcept nogil:
     cdef Py_ssize_t i
-    cdef float scale = s[0], v
-    for i in range(n):
+    cdef float scale = p.scale[at], v
+    for i in range(WIDE):
         if each:
-            scale = s[i]
+            scale = p.scale[at + i]
         decode_code(codes[i], d, False, False, False, &v)
         out[i] = v * scale
 
 
-# Runs: what an element rule is given by so many
+# Batches
 
-cdef inlined encode_some(
-    const float *x, uint8_t *out, Py_ssize_t n, const float *s, const float *r, const int32_t *z, const Task *t,
-    bint is8, bint by_multiplying, bint each, bint narrow, uint32_t *top
+cdef inlined parameters_of(
+    const Task *t, const float *s, const int32_t *z, bint encoding, bint by_multiplying, float *scale, float *reciprocal,
+    float *least, float *most
+) noexcept nogil:
+    cdef float unit = s[0] if by_multiplying else <float>1
+    scale[0] = s[0]
+    if encoding:
+        reciprocal[0] = <float>1 / s[0]
+        least[0], most[0] = <float>(t.low - z[0]) * unit, <float>(t.high - z[0]) * unit
+
+
+cdef inlined lay_each(
+    const Task *t, Parameters *p, Py_ssize_t at, Py_ssize_t n, const float *s, const int32_t *z, bint encoding,
+    bint by_multiplying
+) noexcept nogil:
+    """Lay out n sets of parameters as entries at .. at + n - 1."""
+    cdef Py_ssize_t i
+    for i in range(n):
+        parameters_of(
+            t, s + i, z + i, encoding, by_multiplying, &p.scale[at + i], &p.reciprocal[at + i], &p.least[at + i],
+            &p.most[at + i],
+        )
+        if encoding:
+            p.zero_byte[at + i] = <uint8_t>z[i]
+        else:
+            p.zero[at + i] = z[i]
+
+
+cdef inlined lay_groups(
+    const Task *t, Parameters *p, Py_ssize_t at, Py_ssize_t n, Py_ssize_t size, const float *s, const int32_t *z,
+    bint encoding, bint by_multiplying
+) noexcept nogil:
+    """The same, each of them for so many elements, an entry an element."""
+    cdef Py_ssize_t g, i, j
+    cdef float scale, reciprocal = 0, least = 0, most = 0
+    for g in range(n):
+        parameters_of(t, s + g, z + g, encoding, by_multiplying, &scale, &reciprocal, &least, &most)
+        i = at + g * size
+        while i < at + (g + 1) * size:
+            for j in range(CHUNK):
+                p.scale[i + j] = scale
+                if encoding:
+                    p.reciprocal[i + j], p.least[i + j], p.most[i + j] = reciprocal, least, most
+                    p.zero_byte[i + j] = <uint8_t>z[g]
+                else:
+                    p.zero[i + j] = z[g]
+            i += CHUNK
+
+
+cdef inlined lay_rest(Parameters *p, Py_ssize_t at) noexcept nogil:
+    """Entries beyond a batch, for elements that nobody asked for: a whole vector is worked on."""
+    cdef Py_ssize_t i
+    for i in range(at, at + WIDE):
+        p.scale[i], p.reciprocal[i], p.least[i], p.most[i], p.zero_byte[i], p.zero[i] = 1, 1, 0, 0, 0, 0
+
+
+cdef inlined next_batch(const Task *t, Batch *b, Parameters *p, bint encoding, bint fused, bint *found) noexcept nogil:
+    """Find what can be done in one loop, and lay out its parameters; `found` is False when all is done.
+
+    encoding : to integers. fused : whether there are fused multiply-adds.
+    """
+    cdef Walk *w = &b.walk
+    cdef Py_ssize_t n, taken
+    cdef const float *s
+    cdef const int32_t *z
+    cdef bint apart, fast = False
+    b.count, b.ahead, found[0] = 0, AHEAD // 4, True
+    while True:
+        if not b.runs:
+            if not next_run(w):
+                found[0] = b.count > 0
+                return
+            b.start, b.scale, b.runs, b.size = w.start, w.scale, 1, w.count
+            if w.step:
+                b.runs, b.size = w.count, 1
+            elif w.count < LONG or w.count % WIDE == 0:
+                b.runs += skip_runs(w, BATCH)
+        if w.tile and w.scale == b.columns:  # whose parameters are there
+            b.begin, b.count, b.runs, b.ahead = w.start, w.count, 0, next_start(w) - w.start
+            return
+        apart = b.size >= LONG or b.size % WIDE == 0  # a loop with an entry for each run
+        n = min(b.runs, <Py_ssize_t>BATCH if apart else (BATCH - b.count) // b.size)
+        if b.count and (apart or n == 0 or b.start != b.begin + b.count):
+            return
+        s, z = &t.scale[b.scale], &t.zero[b.scale]
+        if fused and encoding:
+            divide_by_multiplying(s, n, &fast)
+        if b.count and fast != b.by_multiplying:
+            return
+        if not b.count:
+            b.begin, b.by_multiplying, b.columns = b.start, fast, -1
+        if apart or b.size == 1:
+            lay_each(t, p, b.count, n, s, z, encoding, fast)
+        else:
+            lay_groups(t, p, b.count, n, b.size, s, z, encoding, fast)
+        b.span = b.size // WIDE * WIDE if apart else 1
+        taken = n * (b.span if apart else b.size)
+        b.count += taken
+        b.start += taken
+        if apart and b.span < b.size:
+            b.size -= b.span
+        else:
+            b.runs -= n
+            b.scale += n
+        if w.tile:
+            b.columns, b.ahead = w.scale, next_start(w) - w.start
+        if w.tile or apart:
+            return
+
+
+cdef inlined encode_step(
+    const Task *t, const float *x, uint8_t *out, const Parameters *p, Py_ssize_t at, bint is8, bint by_multiplying,
+    bint each, bint fused, float *tracks
 ) noexcept nogil:
     if is8:
-        to_codes8(x, out, n, s, r, t.encoder, by_multiplying, each, narrow, top)
+        to_codes8(x, out, p, at, t.encoder, each, fused, tracks)
     else:
-        to_codes(x, out, n, s, r, z, t.low, t.high, by_multiplying, each, narrow, top)
+        to_codes(x, out, p, at, by_multiplying, each, fused, tracks)
 
 
-cdef inlined encode_run(
-    const float *x, uint8_t *out, Py_ssize_t n, const float *s, const float *r, const int32_t *z, const Task *t,
-    bint is8, bint by_multiplying, bint each, uint32_t *top
+cdef inlined encode_batch(
+    const Task *t, const Batch *b, Parameters *p, bint is8, bint by_multiplying, bint each, bint fused,
+    float *tracks
 ) noexcept nogil:
-    cdef Py_ssize_t i = 0, j = 0, wide = n // WIDE * WIDE, rest
-    cdef float values[NARROW]
-    cdef float scales[NARROW]
-    cdef float reciprocals[NARROW]
-    cdef int32_t zeros[NARROW]
-    cdef uint8_t codes[NARROW]
+    cdef const float *x = t.x + b.begin
+    cdef uint8_t *out = t.codes_out + b.begin
+    cdef Py_ssize_t i = 0, entry = 0, end, rest
+    cdef float values[WIDE]
+    cdef uint8_t codes[WIDE]
     cdef const float *x_at
     cdef uint8_t *out_at
-    while i < wide:
-        rest = min(wide - i, <Py_ssize_t>SPAN) // WIDE * WIDE  # as a compiler is to see
-        fetch(x + i, rest * 4)
-        encode_some(x + i, out + i, rest, s + j, r + j, z + j, t, is8, by_multiplying, each, False, top)
-        i += rest
-        j = i if each else 0
-    while i < n:
-        rest = n - i
-        fetch(x + i, NARROW * 4)
-        x_at, out_at = x + i, out + i
-        if rest < NARROW:
-            memset(values, 0, sizeof(values))
-            memcpy(values, x_at, rest * 4)
-            x_at, out_at = values, codes
-            if each:
-                memset(scales, 0, sizeof(scales))
-                memset(reciprocals, 0, sizeof(reciprocals))
-                memset(zeros, 0, sizeof(zeros))
-                memcpy(scales, s + i, rest * 4)
-                memcpy(reciprocals, r + i, rest * 4)
-                memcpy(zeros, z + i, rest * 4)
-                s, r, z, j = scales, reciprocals, zeros, 0
-        encode_some(x_at, out_at, NARROW, s + j, r + j, z + j, t, is8, by_multiplying, each, True, top)
-        if rest < NARROW:
-            memcpy(out + i, codes, rest)
-        i += NARROW
-        j = i if each else 0
+    while i < b.count:
+        end = b.count if each else i + b.span
+        while i < end:
+            ask(x + i, b.ahead * 4, WIDE * 4)
+            ask(out + i, b.ahead, WIDE)
+            rest, x_at, out_at = b.count - i, x + i, out + i
+            if each and rest < WIDE:
+                memset(values, 0, sizeof(values))
+                memcpy(values, x_at, rest * 4)
+                lay_rest(p, b.count)
+                x_at, out_at = values, codes
+            encode_step(t, x_at, out_at, p, i if each else entry, is8, by_multiplying, each, fused, tracks)
+            if each and rest < WIDE:
+                memcpy(out + i, codes, rest)
+            i += WIDE
+        entry += 1
 
 
-cdef inlined decode_some(
-    const uint8_t *codes, float *out, Py_ssize_t n, const float *s, const int32_t *z, const Task *t, bint is8, bint each
+cdef inlined decode_step(
+    const Task *t, const uint8_t *codes, float *out, const Parameters *p, Py_ssize_t at, bint is8, bint each
 ) noexcept nogil:
     if is8:
-        from_codes8(codes, out, n, s, t.decoder, each)
+        from_codes8(codes, out, p, at, t.decoder, each)
     else:
-        from_codes(codes, out, n, s, z, t.flip, each)
+        from_codes(codes, out, p, at, t.flip, each)
 
 
-cdef inlined decode_run(
-    const uint8_t *codes, float *out, Py_ssize_t n, const float *s, const int32_t *z, const Task *t, bint is8, bint each
-) noexcept nogil:
-    cdef Py_ssize_t i = 0, j = 0, wide = n // WIDE * WIDE, rest
-    cdef float values[NARROW]
-    cdef float scales[NARROW]
-    cdef int32_t zeros[NARROW]
-    cdef uint8_t some[NARROW]
+cdef inlined decode_batch(const Task *t, const Batch *b, Parameters *p, bint is8, bint each) noexcept nogil:
+    cdef const uint8_t *codes = t.codes + b.begin
+    cdef float *out = t.out + b.begin
+    cdef Py_ssize_t i = 0, entry = 0, end, rest
+    cdef float values[WIDE]
+    cdef uint8_t some[WIDE]
     cdef const uint8_t *codes_at
     cdef float *out_at
-    while i < wide:
-        rest = min(wide - i, <Py_ssize_t>SPAN) // WIDE * WIDE  # as a compiler is to see
-        fetch(codes + i, rest)
-        fetch(out + i, rest * 4)
-        decode_some(codes + i, out + i, rest, s + j, z + j, t, is8, each)
-        i += rest
-        j = i if each else 0
-    while i < n:
-        rest = n - i
-        fetch(out + i, NARROW * 4)
-        codes_at, out_at = codes + i, out + i
-        if rest < NARROW:
-            memset(some, 0, sizeof(some))
-            memcpy(some, codes_at, rest)
-            codes_at, out_at = some, values
-            if each:
-                memset(scales, 0, sizeof(scales))
-                memset(zeros, 0, sizeof(zeros))
-                memcpy(scales, s + i, rest * 4)
-                memcpy(zeros, z + i, rest * 4)
-                s, z, j = scales, zeros, 0
-        decode_some(codes_at, out_at, NARROW, s + j, z + j, t, is8, each)
-        if rest < NARROW:
-            memcpy(out + i, values, rest * 4)
-        i += NARROW
-        j = i if each else 0
+    while i < b.count:
+        end = b.count if each else i + b.span
+        while i < end:
+            ask(codes + i, b.ahead, WIDE)
+            ask(out + i, b.ahead * 4, WIDE * 4)
+            rest, codes_at, out_at = b.count - i, codes + i, out + i
+            if each and rest < WIDE:
+                memset(some, 0, sizeof(some))
+                memcpy(some, codes_at, rest)
+                lay_rest(p, b.count)
+                codes_at, out_at = some, values
+            decode_step(t, codes_at, out_at, p, i if each else entry, is8, each)
+            if each and rest < WIDE:
+                memcpy(out + i, values, rest * 4)
+            i += WIDE
+        entry += 1
 
 
-# Passes: the walk over the runs
+# Passes: a batch after the other
 
-cdef inlined quantize_pass(Task *t, Walk w, bint is8, bint fused) noexcept nogil:
-    """`fused`: whether there are fused multiply-adds."""
-    cdef const float *s
-    cdef const float *r
-    cdef const int32_t *z
-    cdef float reciprocal
-    cdef uint32_t top[NARROW]
+cdef inlined note(Task *t, float *tracks) noexcept nogil:
     cdef Py_ssize_t i
-    memset(top, 0, sizeof(top))
-    while next_run(&w):
-        s, z = &t.scale[w.scale], &t.zero[w.scale]
-        if w.step and fused and t.reciprocal is not NULL:
-            r = &t.reciprocal[w.scale]
-            encode_run(t.x + w.start, t.codes_out + w.start, w.count, s, r, z, t, is8, True, True, top)
-        elif w.step:
-            encode_run(t.x + w.start, t.codes_out + w.start, w.count, s, s, z, t, is8, False, True, top)
-        elif fused and divides_by_multiplying(s[0]):
-            reciprocal = <float>1 / s[0]
-            encode_run(t.x + w.start, t.codes_out + w.start, w.count, s, &reciprocal, z, t, is8, True, False, top)
-        else:
-            encode_run(t.x + w.start, t.codes_out + w.start, w.count, s, s, z, t, is8, False, False, top)
-    for i in range(1, NARROW):
-        top[0] = top[i] if top[i] > top[0] else top[0]
-    if top[0] >= 0x7F800000u:
+    for i in range(1, WIDE):
+        tracks[0] += tracks[i]
+    if tracks[0] != 0:
         qn_atomic_add(&t.nonfinite, 1)
 
 
-cdef inlined dequantize_pass(Task *t, Walk w, bint is8) noexcept nogil:
-    while next_run(&w):
-        if w.step:
-            decode_run(
-                t.codes + w.start, t.out + w.start, w.count, &t.scale[w.scale], &t.zero[w.scale], t, is8, True
-            )
+cdef inlined quantize_pass(Task *t, Batch *b, Parameters *p, bint fused) noexcept nogil:
+    cdef float tracks[WIDE]
+    cdef bint found
+    memset(tracks, 0, sizeof(tracks))
+    while True:
+        next_batch(t, b, p, True, fused, &found)
+        if not found:
+            break
+        if fused and b.by_multiplying:
+            if b.span == 1:
+                encode_batch(t, b, p, False, True, True, fused, tracks)
+            else:
+                encode_batch(t, b, p, False, True, False, fused, tracks)
+        elif b.span == 1:
+            encode_batch(t, b, p, False, False, True, fused, tracks)
         else:
-            decode_run(
-                t.codes + w.start, t.out + w.start, w.count, &t.scale[w.scale], &t.zero[w.scale], t, is8, False
-            )
+            encode_batch(t, b, p, False, False, False, fused, tracks)
+    note(t, tracks)
+
+
+cdef inlined other_pass(Task *t, Batch *b, Parameters *p, bint fused) noexcept nogil:
+    """Those that need scales and zero points alone."""
+    cdef float tracks[WIDE]
+    cdef bint found
+    memset(tracks, 0, sizeof(tracks))
+    while True:
+        next_batch(t, b, p, False, False, &found)
+        if not found:
+            break
+        if t.which == QUANTIZE8:
+            if b.span == 1:
+                encode_batch(t, b, p, True, False, True, fused, tracks)
+            else:
+                encode_batch(t, b, p, True, False, False, fused, tracks)
+        elif t.which == DEQUANTIZE:
+            if b.span == 1:
+                decode_batch(t, b, p, False, True)
+            else:
+                decode_batch(t, b, p, False, False)
+        elif b.span == 1:
+            decode_batch(t, b, p, True, True)
+        else:
+            decode_batch(t, b, p, True, False)
+    note(t, tracks)
 
 
 cdef inlined work(Task *t, Walk w, bint fused) noexcept nogil:
+    """`fused`: whether there are fused multiply-adds."""
+    cdef Batch b
+    cdef Parameters p
+    memset(&b, 0, sizeof(b))
+    b.walk, b.columns = w, -1
     if t.which == QUANTIZE:
-        quantize_pass(t, w, False, fused)
-    elif t.which == QUANTIZE8:
-        quantize_pass(t, w, True, fused)
-    elif t.which == DEQUANTIZE:
-        dequantize_pass(t, w, False)
+        quantize_pass(t, &b, &p, fused)
     else:
-        dequantize_pass(t, w, True)
+        other_pass(t, &b, &p, fused)
 
 
 cdef at_baseline work_baseline(Task *t, Walk w) noexcept nogil:
@@ -370,45 +473,17 @@ cdef void piece(void *task, Py_ssize_t begin, Py_ssize_t end, int thread) noexce
 
 
 cdef Walk walk_over(const Walk *w, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
-    return by_columns(w, begin, end, TILE) if rows_share(w) else part(w, begin, end)
+    return by_columns(w, begin, end, BATCH) if rows_share(w) else part(w, begin, end)
 
 
 cdef int run_pieces(Task *t) except -1:
-    cdef Py_ssize_t inner = t.walk.inner
-    cdef Py_ssize_t step = max(PIECE // inner, 1) * inner if rows_share(&t.walk) else PIECE  # whole rows
+    cdef Py_ssize_t inner = t.walk.inner, step = PIECE
+    if rows_share(&t.walk):  # whole rows
+        step = max(PIECE // inner, min(<Py_ssize_t>ROWS, ROWS * PIECE // inner), 1) * inner
     return in_pieces(piece, t, t.walk.size, PICOSECONDS, 1 << 10, step)
 
 
 # What Python calls
-
-cdef float *reciprocals_of(const float[::1] scale, Py_ssize_t size) noexcept:
-    """1 / scale of all scales, to be freed; NULL where that does not pay or not all of them divide by multiplying."""
-    cdef Py_ssize_t i, n = scale.shape[0]
-    cdef float *found
-    if n > size // 4 or chosen_level() == BASELINE:
-        return NULL
-    for i in range(n):
-        if not divides_by_multiplying(scale[i]):
-            return NULL
-    found = <float *>PyMem_RawMalloc(n * sizeof(float))
-    if found is not NULL:
-        for i in range(n):
-            found[i] = <float>1 / scale[i]
-    return found
-
-
-cdef bint run_quantize(Task *t, const float[::1] scale) except -1:
-    """Run a task; whether x has a NaN or an infinity."""
-    cdef float *reciprocals = NULL
-    if t.walk.step and t.x_wide is NULL:
-        reciprocals = reciprocals_of(scale, t.walk.size)
-    t.reciprocal = reciprocals
-    try:
-        run_pieces(t)
-    finally:
-        PyMem_RawFree(reciprocals)
-    return qn_atomic_get(&t.nonfinite) != 0
-
 
 def quantize(
     const real[::1] x not None, const float[::1] scale not None, const int32_t[::1] zero not None, tuple layout,
@@ -429,7 +504,8 @@ def quantize(
     else:
         t.x_wide = &x[0]
     t.which, t.scale, t.zero, t.low, t.high, t.codes_out = QUANTIZE, &scale[0], &zero[0], low, high, &out[0]
-    return run_quantize(&t, scale)
+    run_pieces(&t)
+    return qn_atomic_get(&t.nonfinite) != 0
 
 
 def quantize_float8(
@@ -454,7 +530,8 @@ def quantize_float8(
         t.x_wide = &x[0]
     t.which, t.scale, t.zero, t.codes_out = QUANTIZE8, &scale[0], <const int32_t *>&scale[0], &out[0]  # no zeros are read
     t.encoder = encoder_of(f, True)
-    return run_quantize(&t, scale)
+    run_pieces(&t)
+    return qn_atomic_get(&t.nonfinite) != 0
 
 
 def dequantize(

@@ -17,7 +17,8 @@ The pointers named below are for what shares no memory with what else a function
 look.
 
 A loop over a long array goes by spans and begins each with `fetch`, which asks for what lies half a page ahead: the
-hardware's own look ahead stops at the end of every page. A prefetch within a loop would keep it from being vectorized.
+hardware's own look ahead stops at the end of every page; `ask` is for what lies so many bytes ahead. A prefetch within a loop
+would keep it from being vectorized.
 """
 
 from libc.stdint cimport uint8_t, uint16_t, uint32_t
@@ -48,15 +49,17 @@ cdef extern from *:
     typedef uint8_t *QN_RESTRICT qn_own_bytes;
     typedef uint16_t *QN_RESTRICT qn_own_words;
     typedef uint32_t *QN_RESTRICT qn_own_lanes;
-    static QN_INLINED void qn_fetch(const void *p, size_t bytes) {
+    static QN_INLINED void qn_ask(const void *p, ptrdiff_t ahead, size_t bytes) {
     #if defined(__GNUC__) || defined(__clang__)
-        const uintptr_t ahead = (uintptr_t)p + 2048;
+        const uintptr_t first = (uintptr_t)p + (uintptr_t)ahead;
         for (size_t i = 0; i < bytes; i += 64)
-            __builtin_prefetch((const void *)(ahead + i)); /* which may lie beyond the array: nothing is accessed */
+            __builtin_prefetch((const void *)(first + i)); /* which may lie beyond the array: nothing is accessed */
     #else
-        (void)p, (void)bytes;
+        (void)p, (void)ahead, (void)bytes;
     #endif
     }
+    #define qn_fetch(p, bytes) qn_ask(p, QN_AHEAD, bytes)
+    #define QN_AHEAD 2048
     """
     ctypedef void inlined "QN_INLINED void"
     ctypedef void at_baseline "void"
@@ -66,7 +69,9 @@ cdef extern from *:
     ctypedef uint8_t *own_bytes "qn_own_bytes"
     ctypedef uint16_t *own_words "qn_own_words"
     ctypedef uint32_t *own_lanes "qn_own_lanes"
+    void ask "qn_ask"(const void *p, Py_ssize_t ahead, size_t size) noexcept nogil
     void fetch "qn_fetch"(const void *p, size_t size) noexcept nogil
+    const Py_ssize_t AHEAD "QN_AHEAD"
 
 cdef enum:
     BASELINE

@@ -165,6 +165,20 @@ cdef bint may_overlap(cnp.ndarray a, cnp.ndarray b) noexcept:
     return a_first < b_last and b_first < a_last
 
 
+cdef int only_value(const int8_t[:, ::1] zero) noexcept nogil:
+    """The value that all entries have, or -1."""
+    cdef Py_ssize_t n, g
+    cdef int differ = 0
+    if zero.shape[0] == 0 or zero.shape[1] == 0:
+        return -1
+    for n in range(zero.shape[0]):
+        for g in range(zero.shape[1]):
+            differ |= zero[n, g] ^ zero[0, 0]
+        if differ:
+            return -1
+    return zero[0, 0]
+
+
 cdef bint compute(const qn_kernel *kernel, const qn_call *c, int threads) noexcept nogil:
     """Make the call; whether there was memory for it."""
     cdef uint8_t *scratch = qn_scratch_take(qn_scratch_bytes(kernel, c, threads))
@@ -213,7 +227,8 @@ cdef class PackedLinear:
 
     def _pack(
         self, const uint8_t[:, ::1] codes, const float[:, ::1] values, int64_t k, int64_t group,
-        const float[:, ::1] scale not None, const int32_t[:, ::1] zero, bias, *, str format, str scale_dtype, tuple code_range, str input,
+        const uint8_t[:, ::1] scale not None, const int8_t[:, ::1] zero, bias, *, str format, str scale_dtype, tuple code_range,
+        str input,
         activation, str output, tuple in_params, tuple out_params, bint signed_codes, bint wide,
     ):
         """Pack the weights and set how calls are made.
@@ -228,9 +243,9 @@ cdef class PackedLinear:
             in_features.
         group : int
             k that share a scale; k itself where there are no groups.
-        scale : float32[n, groups]
-            Values that `scale_dtype` ("float32", "float16" or "bfloat16") holds exactly.
-        zero : int32[n, groups] or None
+        scale : uint8[n, groups * size of a scale]
+            The bytes of scales of `scale_dtype`: "float32", "float16" or "bfloat16".
+        zero : int8[n, groups] or None
             Zero points in the terms of `codes`; None where all are 0.
         bias : float32[n], int32[n] or None
         format, input, activation, output : str
@@ -244,10 +259,10 @@ cdef class PackedLinear:
         """
         cdef const float[::1] float_bias
         cdef const int32_t[::1] int_bias
-        cdef int64_t width = 4 * ((k + 7) // 8) if format == "int4" else k, columns
+        cdef int64_t width = 4 * ((k + 7) // 8) if format == "int4" else k, columns, scale_width
         cdef qn_weights w
         cdef qn_source source
-        cdef bint packed
+        cdef bint packed, small
         if self.w.data is not NULL:
             raise RuntimeError("the weights are packed already, and another thread may be reading them; make a new layer")
         if (codes is None) == (values is None) or (values is not None and format != "int8"):
@@ -260,14 +275,17 @@ cdef class PackedLinear:
         if not (0 <= k <= QN_MAX_K and 1 <= group <= max(k, 1) and columns == width):
             raise ValueError(f"k={k}, group={group} do not fit {columns} columns")
         w.asymmetric = zero is not None
-        # Small groups multiplied by codes are unpacked before they are used, so their panels hold what the file holds.
-        w.compact = format == "int4" and group < k and group <= QN_PAIR_GROUP and input != "float"
-        if w.compact:
-            w.scale = SCALES[scale_dtype]
-            w.one_zero = 0 if zero is None else zero[0, 0] if zero.size and np.all(np.equal(zero, zero[0, 0])) else -1
+        # Only products of integers have sums to correct. Small groups of int4 are unpacked first, which finds them.
+        small = format == "int4" and group < k and group <= QN_PAIR_GROUP
+        w.has_sums = input != "float" and w.format <= QN_INT4 and not small
+        source.scale_type = SCALES[scale_dtype]
+        if format == "int4":
+            w.scale = source.scale_type
+            w.one_zero = 0 if zero is None else only_value(zero)
         qn_weights_layout(&w)
-        if scale.shape[0] != w.n or scale.shape[1] != w.groups:
-            raise ValueError(f"scale must have shape ({w.n}, {w.groups})")
+        scale_width = w.groups * (4 if source.scale_type == QN_SCALE_FLOAT32 else 2)
+        if scale.shape[0] != w.n or scale.shape[1] != scale_width:
+            raise ValueError(f"scale must have shape ({w.n}, {scale_width})")
         if zero is not None and (zero.shape[0] != w.n or zero.shape[1] != w.groups):
             raise ValueError(f"zero must have shape ({w.n}, {w.groups})")
         if values is not None and w.groups != 1:

@@ -50,7 +50,7 @@ cdef extern from "qn_gemm.h" nogil:
     ctypedef struct qn_weights:
         qn_format format
         qn_bias bias
-        int32_t asymmetric, compact, one_zero
+        int32_t asymmetric, has_sums, one_zero
         qn_scale scale
         int64_t n, k, group, groups, group_k, panels, panel_bytes
         int64_t bias_at, scale_at, sum_at, zero_at, codes_at
@@ -104,8 +104,9 @@ cdef extern from "qn_gemm.h" nogil:
         const float *values
         int64_t stride
         int32_t low, high
-        const float *scale
-        const int32_t *zero
+        const void *scale
+        qn_scale scale_type
+        const int8_t *zero
         const void *bias
 
     bint qn_pack(

@@ -21,6 +21,9 @@ ctypedef fused key:
     int32_t
     int64_t
 
+cdef enum:
+    SIDE_BY_SIDE = 16  # ends of a run that are put together when it is over
+
 cdef int32_t INF32 = 0x7F800000
 cdef int64_t INF64 = <int64_t>0x7FF << 52
 
@@ -55,14 +58,27 @@ cdef inlined widen(key bits, key *low, key *high) noexcept nogil:
 
 
 cdef inlined range_of_run(const key *x, Py_ssize_t n, key *low, key *high) noexcept nogil:
-    cdef key lo = low[0], hi = high[0]
-    cdef Py_ssize_t i, begin = 0, end
-    while begin < n:
-        end = min(begin + <Py_ssize_t>SPAN, n)
-        fetch(x + begin, (end - begin) * sizeof(key))
-        for i in range(begin, end):
-            widen(x[i], &lo, &hi)
-        begin = end
+    cdef key lows[SIDE_BY_SIDE]
+    cdef key highs[SIDE_BY_SIDE]
+    cdef key lo = low[0], hi = high[0], a, b
+    cdef Py_ssize_t i = 0, j
+    if n >= 4 * SIDE_BY_SIDE:
+        for j in range(SIDE_BY_SIDE):
+            lows[j], highs[j] = lo, hi
+        while i + 4 * SIDE_BY_SIDE <= n:
+            fetch(x + i, 4 * SIDE_BY_SIDE * sizeof(key))
+            for j in range(SIDE_BY_SIDE):
+                a, b = lows[j], highs[j]
+                widen(x[i + j], &a, &b)  # written out: see below
+                widen(x[i + j + SIDE_BY_SIDE], &a, &b)
+                widen(x[i + j + 2 * SIDE_BY_SIDE], &a, &b)
+                widen(x[i + j + 3 * SIDE_BY_SIDE], &a, &b)
+                lows[j], highs[j] = a, b
+            i += 4 * SIDE_BY_SIDE
+        for j in range(SIDE_BY_SIDE):
+            lo, hi = min(lo, lows[j]), max(hi, highs[j])
+    for j in range(i, n):
+        widen(x[j], &lo, &hi)
     low[0], high[0] = lo, hi
 
 
@@ -139,16 +155,18 @@ cdef inlined settle(key *low, key *high, Py_ssize_t scales, int threads, key inf
     cdef Py_ssize_t i
     cdef int thread
     cdef key lo, hi
+    cdef key bad = 0
+    for thread in range(1, threads):
+        for i in range(scales):
+            low[i] = min(low[i], low[thread * scales + i])
+            high[i] = max(high[i], high[thread * scales + i])
     for i in range(scales):
         lo, hi = low[i], high[i]
-        for thread in range(1, threads):
-            lo = min(lo, low[thread * scales + i])
-            hi = max(hi, high[thread * scales + i])
         # A scale without elements has inf and -inf still; with one, the ends are in order.
-        if lo <= hi and (hi >= inf or lo <= ~inf):
-            nonfinite[0] = True
+        bad |= <key>(lo <= hi) & (<key>(hi >= inf) | <key>(lo <= ~inf))
         ordered(lo, &low[i])
         ordered(hi, &high[i])
+    nonfinite[0] = bad != 0
 
 
 def min_max(const real[::1] x not None, tuple layout, real[::1] low not None, real[::1] high not None):
@@ -258,11 +276,11 @@ cdef enum:
     SPARE = 2 * SIDE      # where zeros are counted, in turns, and then what is not finite
     ZEROS = 16
     SLOTS = SPARE + ZEROS + 1
-    BLOCK = 512           # values whose bins are found before they are counted
+    BLOCK = 64            # values whose bins are found while those of the ones before are counted
     WORDS = 8
     CHUNK = 4 * WORDS     # bins looked at together for whether they are empty
-    FEW = 4096            # values for which counters of 16 bits do not pay
-    MANY = 65535 // BLOCK  # blocks after which such a counter might be full
+    FEW = 2048            # values for which counters of 16 bits do not pay
+    MANY = 65535 // BLOCK * BLOCK  # values after which such a counter might be full
 
 
 cdef struct Bins:
@@ -285,23 +303,86 @@ cdef inlined slots_of(const float *x, Py_ssize_t n, Bins b, uint16_t *slots) noe
         slots[i] = <uint16_t>slot
 
 
-cdef inlined slots_of_block(const float *x, Py_ssize_t n, Bins b, uint16_t *slots) noexcept nogil:
-    if n == BLOCK:
-        slots_of(x, BLOCK, b, slots)
-    else:
-        slots_of(x, n, b, slots)
+cdef inlined count_slots(const uint16_t *slots, uint16_t *few) noexcept nogil:
+    """Of a block."""
+    cdef Py_ssize_t k
+    cdef uint64_t four
+    for k in range(BLOCK // 4):  # loads and stores are what there are few of
+        memcpy(&four, &slots[4 * k], 8)
+        few[four & 0xFFFF] += 1
+        few[four >> 16 & 0xFFFF] += 1
+        few[four >> 32 & 0xFFFF] += 1
+        few[four >> 48] += 1
+
+
+cdef inlined spill(uint16_t *few, int64_t *counts, int64_t *zeros) noexcept nogil:
+    """Add small counters to the counts and clear them. Most bins are empty, most of the time."""
+    cdef Py_ssize_t i = 0, k
+    cdef uint64_t some[WORDS]
+    cdef uint64_t filled
+    while i < SPARE:
+        memcpy(some, few + i, sizeof(some))
+        filled = 0
+        for k in range(WORDS):
+            filled |= some[k]
+        if filled:
+            for k in range(CHUNK):
+                counts[i + k] += few[i + k]
+            memset(few + i, 0, sizeof(some))
+        i += CHUNK
+    for i in range(SPARE, SPARE + ZEROS):
+        zeros[0] += few[i]
+    memset(few + SPARE, 0, (SLOTS - SPARE) * sizeof(uint16_t))
+
+
+cdef inlined tally(const float *x, Py_ssize_t n, Bins b, uint16_t *few, int64_t *counts, int64_t *zeros) noexcept nogil:
+    """Count whole blocks, MANY values at most. The vectors of a block and the counters of the one before have little to do with each other."""
+    cdef uint16_t one[BLOCK]
+    cdef uint16_t other[BLOCK]
+    cdef Py_ssize_t i = 0
+    slots_of(x, BLOCK, b, one)
+    while i + 2 * BLOCK < n:
+        fetch(x + i, 2 * BLOCK * sizeof(float))
+        slots_of(x + i + BLOCK, BLOCK, b, other)
+        count_slots(one, few)
+        slots_of(x + i + 2 * BLOCK, BLOCK, b, one)
+        count_slots(other, few)
+        i += 2 * BLOCK
+    count_slots(one, few)
+    if i + BLOCK < n:
+        slots_of(x + i + BLOCK, BLOCK, b, other)
+        count_slots(other, few)
+    spill(few, counts, zeros)
+
+
+cdef at_baseline tally_baseline(
+    const float *x, Py_ssize_t n, Bins b, uint16_t *few, int64_t *counts, int64_t *zeros
+) noexcept nogil:
+    tally(x, n, b, few, counts, zeros)
+
+
+cdef at_avx2 tally_avx2(
+    const float *x, Py_ssize_t n, Bins b, uint16_t *few, int64_t *counts, int64_t *zeros
+) noexcept nogil:
+    tally(x, n, b, few, counts, zeros)
+
+
+cdef at_avx512 tally_avx512(
+    const float *x, Py_ssize_t n, Bins b, uint16_t *few, int64_t *counts, int64_t *zeros
+) noexcept nogil:
+    tally(x, n, b, few, counts, zeros)
 
 
 cdef at_baseline slots_baseline(const float *x, Py_ssize_t n, Bins b, uint16_t *slots) noexcept nogil:
-    slots_of_block(x, n, b, slots)
+    slots_of(x, n, b, slots)
 
 
 cdef at_avx2 slots_avx2(const float *x, Py_ssize_t n, Bins b, uint16_t *slots) noexcept nogil:
-    slots_of_block(x, n, b, slots)
+    slots_of(x, n, b, slots)
 
 
 cdef at_avx512 slots_avx512(const float *x, Py_ssize_t n, Bins b, uint16_t *slots) noexcept nogil:
-    slots_of_block(x, n, b, slots)
+    slots_of(x, n, b, slots)
 
 
 cdef void slots_wide(const double *x, Py_ssize_t n, Bins b, uint16_t *slots) noexcept nogil:
@@ -318,8 +399,7 @@ cdef void slots_wide(const double *x, Py_ssize_t n, Bins b, uint16_t *slots) noe
         slots[i] = <uint16_t>(slot if bits << 1 < <uint64_t>0x7FF << 53 else SPARE + ZEROS)
 
 
-cdef void find_slots(const real *x, Py_ssize_t n, Bins b, uint16_t *slots) noexcept nogil:
-    cdef int level = chosen_level()
+cdef void find_slots(const real *x, Py_ssize_t n, Bins b, uint16_t *slots, int level) noexcept nogil:
     if real is double:
         slots_wide(x, n, b, slots)
     elif level == AVX512:
@@ -330,58 +410,44 @@ cdef void find_slots(const real *x, Py_ssize_t n, Bins b, uint16_t *slots) noexc
         slots_baseline(x, n, b, slots)
 
 
-cdef void spill(uint16_t *few, int64_t *counts, int64_t *zeros) noexcept nogil:
-    """Add small counters to the counts and clear them. Most bins are empty, most of the time."""
-    cdef Py_ssize_t i = 0, k
-    cdef uint64_t some[WORDS]
-    cdef uint64_t filled
-    while i < SPARE:
-        memcpy(some, few + i, sizeof(some))
-        filled = 0
-        for k in range(WORDS):
-            filled |= some[k]
-        if filled:
-            for k in range(CHUNK):
-                counts[i + k] += few[i + k]
-        i += CHUNK
-    for i in range(SPARE, SPARE + ZEROS):
-        zeros[0] += few[i]
-    memset(few, 0, SLOTS * sizeof(uint16_t))
+cdef void count_each(
+    const real *x, Py_ssize_t n, Bins b, int64_t *counts, int64_t *zeros, int level
+) noexcept nogil:
+    """Without small counters."""
+    cdef uint16_t slots[8 * BLOCK]
+    cdef Py_ssize_t i = 0, k, size
+    while i < n:
+        size = min(n - i, <Py_ssize_t>(8 * BLOCK))
+        find_slots(x + i, size, b, slots, level)
+        for k in range(size):
+            if slots[k] < SPARE:
+                counts[slots[k]] += 1
+            elif slots[k] < SPARE + ZEROS:
+                zeros[0] += 1
+        i += size
 
 
 cdef void count_values(
     const real *x, Py_ssize_t n, Bins b, uint16_t *few, int64_t *counts, int64_t *zeros
 ) noexcept nogil:
     cdef uint16_t slots[BLOCK]
-    cdef Py_ssize_t i = 0, k, size
-    cdef uint64_t four
-    cdef int blocks = 0
-    while i < n:
-        size = min(n - i, <Py_ssize_t>BLOCK)
-        fetch(x + i, size * sizeof(real))
-        find_slots(x + i, size, b, slots)
-        i += size
-        if n <= FEW:
-            for k in range(size):
-                if slots[k] < SPARE:
-                    counts[slots[k]] += 1
-                elif slots[k] < SPARE + ZEROS:
-                    zeros[0] += 1
-            continue
-        for k in range(size, (size + 3) // 4 * 4):
-            slots[k] = SPARE + ZEROS
-        for k in range(0, size, 4):  # loads and stores are what there are few of
-            memcpy(&four, &slots[k], 8)
-            few[four & 0xFFFF] += 1
-            few[four >> 16 & 0xFFFF] += 1
-            few[four >> 32 & 0xFFFF] += 1
-            few[four >> 48] += 1
-        blocks += 1
-        if blocks == MANY:
+    cdef Py_ssize_t i = 0, k, size, whole = n // BLOCK * BLOCK if n > FEW else 0
+    cdef int level = chosen_level()
+    while i < whole:
+        size = min(whole - i, <Py_ssize_t>MANY)
+        if real is double:
+            for k in range(size // BLOCK):
+                find_slots(x + i + k * BLOCK, BLOCK, b, slots, level)
+                count_slots(slots, few)
             spill(few, counts, zeros)
-            blocks = 0
-    if blocks:
-        spill(few, counts, zeros)
+        elif level == AVX512:
+            tally_avx512(x + i, size, b, few, counts, zeros)
+        elif level == AVX2:
+            tally_avx2(x + i, size, b, few, counts, zeros)
+        else:
+            tally_baseline(x + i, size, b, few, counts, zeros)
+        i += size
+    count_each(x + whole, n - whole, b, counts, zeros, level)
 
 
 cdef double power_of_two(int64_t exponent) noexcept nogil:

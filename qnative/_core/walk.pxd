@@ -99,6 +99,32 @@ cdef inline bint next_run(Walk *w) noexcept nogil:
     return True
 
 
+cdef inline Py_ssize_t skip_runs(Walk *w, Py_ssize_t most) noexcept nogil:
+    """Go over runs that follow the one at hand, are as long and have the scales after its; return how many, `most` at most."""
+    cdef Py_ssize_t n, last
+    if w.per_inner or w.count != w.block * w.inner or w.at >= w.stop:
+        return 0
+    if w.per_outer and w.blocks * w.block == w.length:  # on to the next rows
+        n = min((w.stop - w.at) // w.count, most)
+        last = w.o * w.blocks + w.b + n
+        w.o, w.b = last // w.blocks, last % w.blocks
+        w.l = w.b * w.block
+    else:
+        n = min(min((w.length - w.l) // w.block, (w.stop - w.at) // w.count), most) if w.l else 0
+        w.b += n
+        w.l += n * w.block
+        if w.l == w.length:
+            w.l = w.b = 0
+            w.o += 1
+    w.at += n * w.count
+    return n
+
+
+cdef inline Py_ssize_t next_start(const Walk *w) noexcept nogil:
+    """Where the run after the one at hand begins, of a walk by columns; elements, perhaps beyond the end."""
+    return w.start + w.inner if w.start + w.inner < w.stop else w.at + w.column + w.tile
+
+
 cdef inline int check_sizes(
     const Walk *w, Py_ssize_t size, Py_ssize_t out_size, Py_ssize_t scales, Py_ssize_t zeros
 ) except -1:
