@@ -219,6 +219,7 @@ class _Bar:
 def _quantize(options: Any) -> tuple[str, Any]:
     from qnative.config import QuantConfig, QuantGranularity, QuantMode
     from qnative.conversion import quantize_model
+    from qnative.report import printable
 
     granularity = options.granularity or ("per_group" if options.group_size is not None else "per_channel")
     group_size = options.group_size
@@ -259,7 +260,7 @@ def _quantize(options: Any) -> tuple[str, Any]:
     weakest = min(known, key=lambda layer: layer.sqnr if layer.sqnr is not None else 0.0, default=None)
     lines = [f"{options.output}: {size:,} bytes", str(totals), f"{model.scheme}, {config!r}"]
     if weakest is not None:
-        lines.append(f"weakest layer: {weakest.name}, {weakest.sqnr:.1f} dB")
+        lines.append(f"weakest layer: {printable(weakest.name)}, {weakest.sqnr:.1f} dB")
     document = {
         "output": options.output, "file_bytes": size, "scheme": model.scheme, "config": config.to_dict(),
         "activations": options.activations, **totals.to_dict(), "warnings": warnings.messages,
@@ -300,8 +301,10 @@ class _Warnings:
 
     def __exit__(self, *exception: object) -> None:
         self._logger.removeHandler(self._handler)
+        from qnative.report import printable
+
         for message in self.messages:
-            sys.stderr.write(f"qnative: warning: {message}\n")
+            sys.stderr.write(f"qnative: warning: {printable(message)}\n")
 
 
 def _inspect(options: Any) -> tuple[str, Any]:

@@ -134,7 +134,7 @@ def code_dtype(name: object) -> CodeDType:
     return CODE_DTYPES[str(key)]
 
 
-def _check_int(name: str, value: Any) -> int | None:
+def check_int(name: str, value: Any) -> int | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
@@ -215,12 +215,12 @@ class QuantConfig:
         put("dtype", code_dtype(self.dtype).name)
         put("mode", QuantMode(self.mode))
         put("granularity", QuantGranularity(self.granularity))
-        if self.scale_dtype not in SCALE_DTYPES:
+        if not isinstance(self.scale_dtype, str) or self.scale_dtype not in SCALE_DTYPES:
             raise ValueError(f"scale_dtype={self.scale_dtype!r} is not one of {', '.join(SCALE_DTYPES)}")
         if self.info.is_float and self.mode is QuantMode.ASYMMETRIC:
             raise ValueError(f"{self.dtype} has no zero point, so it cannot be asymmetric; use mode='symmetric'")
-        put("axis", _check_int("axis", self.axis))
-        put("group_size", _check_int("group_size", self.group_size))
+        put("axis", check_int("axis", self.axis))
+        put("group_size", check_int("group_size", self.group_size))
         if self.granularity is QuantGranularity.PER_TENSOR:
             if self.axis is not None:
                 raise ValueError(f"axis={self.axis} means nothing per tensor; use granularity='per_channel'")
@@ -451,7 +451,7 @@ class FakeQuantConfig:
         check_config(self.quant, "quant")
         object.__setattr__(self, "observer", ObserverMethod(self.observer))
         object.__setattr__(self, "learnable", bool(self.learnable))
-        bits = _check_int("bits", self.bits)
+        bits = check_int("bits", self.bits)
         if bits is not None:
             if self.quant.info.is_float:
                 raise ValueError(f"bits={bits}: {self.quant.dtype} has no integer codes to use fewer of; leave it out")
@@ -537,7 +537,7 @@ class QParams:
         scale = check_scale(self.scale)
         zero_point = check_zero_point(self.zero_point, info, scale.shape)
         low, high = check_code_range(info, self.quant_min, self.quant_max)
-        axis, group_size = _check_int("axis", self.axis), _check_int("group_size", self.group_size)
+        axis, group_size = check_int("axis", self.axis), check_int("group_size", self.group_size)
         if group_size is not None and (not 1 <= group_size <= LARGEST_GROUP or axis is None or scale.ndim == 0):
             raise ValueError(f"group_size={group_size} must be positive and needs an axis and a scale each group")
         if group_size is None and scale.ndim != (0 if axis is None else 1):
@@ -693,6 +693,8 @@ def qparams_from_range(min_val: ArrayLike, max_val: ArrayLike, config: QuantConf
         raise ValueError("the range has an end that is NaN or infinite; only finite data can be quantized")
     if np.any(low > high):
         raise ValueError("the range has min > max; give the smaller end first")
+    if not isinstance(config, QuantConfig):
+        raise TypeError(f"config must be a QuantConfig, not {type(config).__name__}")
     low, high = np.minimum(low, 0.0), np.maximum(high, 0.0)
     if config.is_symmetric:
         zero = config.symmetric_zero_point

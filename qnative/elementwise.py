@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from qnative import _core
-from qnative.config import CodeDType, check_code_range, check_scale, check_zero_point, code_dtype
+from qnative.config import CodeDType, check_code_range, check_int, check_scale, check_zero_point, code_dtype
 from qnative.floats import as_float_array, deliver, encode, float_dtype, out_target, plain_array
 from qnative.granularity import Granules, nonfinite_error
 
@@ -26,6 +26,7 @@ def _parameters(
     group_size: int | None,
 ) -> tuple[Granules, NDArray[np.float32], NDArray[np.int32]]:
     """Check a scale and zero point against an array's shape; return the walk and both as flat arrays."""
+    axis, group_size = check_int("axis", axis), check_int("group_size", group_size)
     scales = check_scale(scale)
     zeros = check_zero_point(zero_point, info, scales.shape)
     if scales.ndim == 0 and axis is None and group_size is None:

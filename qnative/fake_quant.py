@@ -378,8 +378,12 @@ class FakeQuantize:
         ValueError
             If entries are missing or unknown, or do not fit the config. This one is then as it was before.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"the state must be what state_dict() gives, not {type(state).__name__}")
         if set(state) != set(self.state_dict()):
             raise ValueError(f"the state has the entries {sorted(state)}; needed are {sorted(self.state_dict())}")
+        if not isinstance(state["params"], Mapping):
+            raise ValueError(f"the state's params must be arrays by name, not {type(state['params']).__name__}")
         observer = copy.deepcopy(self._observer)
         observer.load_state_dict(state["observer"])
         qparams = None if state["qparams"] is None else QParams.from_dict(state["qparams"])

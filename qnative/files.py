@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from qnative.storage import OTHER_BITS, STORAGE, FormatError, NamedTensor, TensorInfo, bytes_of
+from qnative.storage import OTHER_BITS, STORAGE, FormatError, NamedTensor, TensorInfo, bytes_of, possible_shape
 
 if TYPE_CHECKING:
     import io
@@ -155,7 +155,7 @@ def exact_keys(found: Any, expected: Iterable[str], where: str) -> dict[str, Any
 
 def _dimensions(found: Any, where: str) -> tuple[int, ...]:
     """Return a shape: a short list of whole numbers >= 0."""
-    if not isinstance(found, list) or any(type(n) is not int or not 0 <= n < 1 << 63 for n in found):
+    if not isinstance(found, list) or any(type(n) is not int or n < 0 for n in found):
         raise FormatError(f"{where}: a shape must be a list of whole numbers, not {str(found)[:80]}")
     if len(found) > 64:
         raise FormatError(f"{where}: {len(found)} dimensions; an array has at most 64")
@@ -163,25 +163,37 @@ def _dimensions(found: Any, where: str) -> tuple[int, ...]:
 
 
 def _shaped(flat: NDArray[Any], info: TensorInfo, where: str) -> NDArray[Any]:
-    try:
-        return flat.reshape(info.shape)
-    except ValueError:  # an empty tensor whose other dimensions are beyond what an index can hold
-        raise FormatError(f"{where}: shape {info.shape} is beyond what an array can have") from None
+    if not possible_shape(info.shape):  # an empty tensor's: no bytes vouch for its other sizes
+        raise FormatError(f"{where}: shape {info.shape} is beyond what an array can have")
+    return flat.reshape(info.shape)
 
 
 # Reading
 
 
 def _opened(path: str) -> io.FileIO:
-    """Open a regular file unbuffered; anything else (a folder, a pipe, a device) is refused before it is opened."""
+    """Open a regular file unbuffered; anything else (a folder, a pipe, a device) is refused before it is opened.
+
+    And after, as the name may be another file's by then; opening does not wait, as that of a pipe would.
+    """
     import io
 
-    status = os.stat(path)
-    if stat.S_ISDIR(status.st_mode):
+    _refuse_irregular(path, os.stat(path).st_mode)
+    more = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
+    file = io.FileIO(path, "rb", opener=lambda path, flags: os.open(path, flags | more))
+    try:
+        _refuse_irregular(path, os.fstat(file.fileno()).st_mode)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _refuse_irregular(path: str, mode: int) -> None:
+    if stat.S_ISDIR(mode):
         raise IsADirectoryError(f"{path} is a folder; give the file in it")
-    if not stat.S_ISREG(status.st_mode):
+    if not stat.S_ISREG(mode):
         raise FormatError(f"{path}: not a regular file")
-    return io.FileIO(path, "rb")
 
 
 def _read_into(file: io.FileIO, view: memoryview, where: str) -> None:
@@ -391,7 +403,7 @@ class SafetensorsFile(_Reader):
         import safetensors
 
         try:
-            with safetensors.safe_open(self.path, framework="np") as judge:
+            with self._stand_in() as path, safetensors.safe_open(path, framework="np") as judge:
                 agreed = set(judge.keys()) == names
         except FileNotFoundError:
             raise
@@ -399,6 +411,26 @@ class SafetensorsFile(_Reader):
             raise FormatError(f"{self.path}: {error}") from None
         if not agreed:
             raise FormatError(f"{self.path}: changed while it was being read")
+
+    @contextlib.contextmanager
+    def _stand_in(self) -> Iterator[str]:
+        """Give the path of a file in memory with this header and size, which the reference library then maps.
+
+        It judges what was read here, whatever is written to the file meanwhile, and no file that is cut short can end
+        the process as a map of it would. Where the system has no such files, the path of the file itself.
+        """
+        with contextlib.ExitStack() as stack:
+            path = self.path
+            with contextlib.suppress(AttributeError, OSError):  # not Linux, or not allowed
+                memory = os.memfd_create("qnative")  # type: ignore[attr-defined, unused-ignore]
+                stack.callback(os.close, memory)
+                os.ftruncate(memory, self.size)  # takes no memory for what is not written
+                header = memoryview(struct.pack("<Q", len(self._header)) + self._header)
+                while header:
+                    header = header[os.write(memory, header) :]
+                if os.path.exists(f"/proc/self/fd/{memory}"):
+                    path = f"/proc/self/fd/{memory}"
+            yield path
 
     def _parse_document(self) -> dict[str, Any]:
         document: dict[str, Any] = {}
@@ -564,6 +596,8 @@ def _atomic(path: Path) -> Iterator[BinaryIO]:
     folder, name = os.path.split(target)
     if os.path.isdir(target):
         raise IsADirectoryError(f"{target} is a folder; give the name of a file in it")
+    if os.path.exists(target) and not os.path.isfile(target):  # which would be no device or pipe any more
+        raise FileExistsError(f"{target} is a device or a pipe, not a file to replace; give another name")
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
     stem = os.fsencode(name)[:100].decode("utf-8", "ignore")  # file systems count bytes
     temporary = os.path.join(folder, f".{stem}.{os.urandom(8).hex()}.tmp")

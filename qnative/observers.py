@@ -345,6 +345,8 @@ class Observer(ABC):
             If `state` is another class's, has unknown or missing entries, or arrays that do not fit together. The
             observer is then as it was before.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"the state must be what state_dict() gives, not {type(state).__name__}")
         if state.get("class") != type(self).__name__:
             raise ValueError(f"the state is one of {state.get('class')!r}, not of {type(self).__name__!r}")
         expected = {"class", "axis", *self.options, "channels"}

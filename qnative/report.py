@@ -251,7 +251,11 @@ def _cell(value: Any) -> str:
         return f"{value:.6f}" if text == "1" and value != 1.0 else text  # cosines differ from 1 after four digits
     if isinstance(value, (list, tuple)):
         return "x".join(map(str, value)) or "()"
-    text = str(value)  # a file's names are anybody's: no control characters reach the terminal
+    return printable(str(value))
+
+
+def printable(text: str) -> str:
+    """Return text that may hold a file's names, which are anybody's, without control characters for the terminal."""
     return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
 
 

@@ -18,6 +18,7 @@ __all__ = [
     "TensorInfo",
     "dtype_code",
     "plain_array",
+    "possible_shape",
     "to_storage",
 ]
 
@@ -64,6 +65,11 @@ _CODE_OF = {s.name: s.code for s in STORAGE.values()}
 
 #: Bits an element, for dtypes that are listed but not read.
 OTHER_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8}
+
+
+def possible_shape(shape: tuple[int, ...]) -> bool:
+    """Tell whether an array can have a shape, in whatever dtype: NumPy counts bytes as if no size were 0."""
+    return len(shape) <= 64 and math.prod(n for n in shape if n) < 1 << 59  # of 16 bytes each: complex128
 
 
 def plain_array(x: ArrayLike) -> NDArray[Any]:

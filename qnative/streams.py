@@ -75,8 +75,8 @@ def pieces(x: NDArray[Any], whole: tuple[int, ...], size: int) -> Iterator[NDArr
 def rows_of(x: NDArray[Any], axis: int | None, size: int, each: int) -> Iterator[NDArray[Any]]:
     """Cut `x` into float arrays of shape (channels, n), (1, n) when `axis` is None, of about `size` elements.
 
-    Of `SLAB` elements at most where that takes a copy; of more where there are so many channels that n would else be less than
-    `each`.
+    Of `SLAB` elements at most where that takes a copy; of more where there are so many channels that n would else be
+    less than `each`.
     """
     if axis is not None:
         size = min(max(SLAB, each * x.shape[axis]), MOST)

@@ -32,6 +32,7 @@ from qnative.elementwise import (
 )
 from qnative.floats import as_float_array, decode, encode, float_dtype
 from qnative.granularity import Granules, block_min_max
+from qnative.storage import possible_shape
 
 __all__ = ["QuantizedTensor", "dequantize_tensor", "error_measures", "quantize_tensor"]
 
@@ -90,6 +91,8 @@ class QuantizedTensor:
         if self.dtype not in ORIGINAL_DTYPES:
             raise ValueError(f"dtype={self.dtype!r} of the original is not one of {', '.join(ORIGINAL_DTYPES)}")
         put("shape", tuple(int(n) for n in self.shape))
+        if not possible_shape(self.shape):
+            raise ValueError(f"shape {self.shape} is beyond what an array can have")
         info, granules = self.config.info, Granules.of_config(self.shape, self.config)
         stored = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}[self.config.scale_dtype]
         packed_shape = (*self.shape[:-1], _words(self.shape[-1] if self.shape else 1))
@@ -125,8 +128,8 @@ class QuantizedTensor:
     def _has_valid_scales(self) -> bool:
         """Whether every scale is finite and > 0, which is a range of bits."""
         stored, infinity = self.scale_data, {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}
-        bits = stored.view(np.uint32 if stored.itemsize == 4 else np.uint16)
-        one = bits.dtype.type(1)  # 0 wraps around
+        bits: NDArray[Any] = stored.view(np.uint32 if stored.itemsize == 4 else np.uint16)
+        one: Any = bits.dtype.type(1)  # 0 wraps around
         return bool(np.max(bits - one, initial=0) < infinity[self.config.scale_dtype] - 1)
 
     def _check_codes(self, info: CodeDType) -> None:
@@ -202,7 +205,8 @@ class QuantizedTensor:
         granules = Granules.of(codes.shape, axis, config.group_size)
         chosen = rows
         if axis == 0 and config.group_size is not None:  # a group spans rows: each row is given a scale of its own
-            chosen = np.arange(self.shape[0])[rows] // config.group_size
+            numbers = np.arange(*rows.indices(self.shape[0])) if isinstance(rows, slice) else rows % self.shape[0]
+            chosen = numbers // config.group_size
             granules = Granules.of(codes.shape, 0, 1)
         if axis == 0 or config.group_size is not None:
             stored = stored[chosen]
@@ -210,7 +214,9 @@ class QuantizedTensor:
         return _decode(codes, config.info, _load_scale(stored, config), zero, granules)
 
     def _row_slices(self) -> Iterator[slice]:
-        rows = max(1, _BLOCK // max(1, math.prod(self.shape[1:])))
+        if self.numel == 0:  # rows of nothing cost nothing to claim: a file may have 2^60 of them
+            return
+        rows = max(1, _BLOCK // math.prod(self.shape[1:]))
         for start in range(0, self.shape[0], rows):
             yield slice(start, min(start + rows, self.shape[0]))
 

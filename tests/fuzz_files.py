@@ -10,9 +10,10 @@ Each file is
 1. opened and read whole: only FormatError, and what is accepted the reference library accepts too, with the same names,
    dtypes, shapes and bytes; what it accepts and qnative refuses must be refused for one of the rules that are stricter
    on purpose;
-2. loaded as a model, plainly and mapped: only FormatError, or a model whose layers can be called and which can be
-   saved;
-3. one file in 16, read with every allocation traced: at most twice the file's size and 16 MiB (16 times for JSON).
+2. loaded as a model: only FormatError, or a model whose layers can be called and which can be saved;
+3. quantized, if it is a checkpoint: only ValueError, or a model;
+4. one file in 16, read with every allocation traced: at most twice the file's size and 16 MiB (16 times for JSON);
+5. one file in 64, given to the command line: an exit status of 0 or 1, and nothing printed that moves a cursor.
 
 The address space has a limit too, so a number that sizes an allocation ends as a MemoryError, which counts as a
 failure.
@@ -22,8 +23,10 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import copy
 import hashlib
+import io
 import json
 import os
 import random
@@ -42,6 +45,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import safetensors
+import safetensors.numpy
 
 try:
     import atheris
@@ -51,15 +55,21 @@ except ImportError:
 if atheris is not None and __name__ == "__main__" and "--blind" not in sys.argv:
     with atheris.instrument_imports(include=["qnative"], enable_loader_override=False):
         import qnative.checkpoint
+        import qnative.conversion
         import qnative.files
         import qnative.model
 import qnative as qn
-from qnative import files
+from qnative import cli, files
 from qnative.files import JSONFile, SafetensorsFile
 
 MIB = 1 << 20
 LONGEST = 32 << 10
 TRACED = 16
+COMMANDS = 64
+CONFIGS = (
+    qn.QuantConfig.int8_per_channel(), qn.QuantConfig.int8().asymmetric(), qn.QuantConfig.int4_per_group(8),
+    qn.QuantConfig.fp8().per_channel(), qn.QuantConfig.int4_per_group(3).asymmetric().with_scale_dtype("float16"),
+)  # fmt: skip
 
 #: Rules of qnative's that the reference library does not have; everything else must be judged as it judges.
 STRICTER = re.compile(
@@ -230,6 +240,29 @@ def noise(content: bytes, rng: random.Random) -> bytes:
     return content
 
 
+def hollowed(header: bytes, data: bytes, rng: random.Random) -> tuple[bytes, bytes]:
+    """Weights of no elements that claim any size, for which no byte vouches."""
+    entries = parse(header)
+    parts = {}
+    for name, entry in entries:
+        if name != "__metadata__":
+            start, stop = dict(entry)["data_offsets"]
+            parts[name] = [dict(entry), data[start:stop]]
+    for name in [n for n in parts if n.endswith(("weight", "weight_packed")) and rng.random() < 0.7]:
+        shape = [rng.choice((0, 1, 3, 2**20, 2**33, 2**40, 2**58, 2**59, 2**62)) for _ in parts[name][0]["shape"]]
+        shape[rng.randrange(len(shape))] = 0
+        parts[name] = [parts[name][0] | {"shape": shape}, b""]
+        logical = name.replace("weight_packed", "weight_shape")
+        if logical != name and logical in parts:
+            parts[logical][1] = np.array(shape, np.int64).tobytes()
+    found, data = Pairs((n, e) for n, e in entries if n == "__metadata__"), b""
+    for name, (entry, content) in parts.items():
+        entry["data_offsets"] = [len(data), len(data) + len(content)]
+        found.append((name, Pairs(entry.items())))
+        data += content
+    return dump(found).encode("utf-8", "surrogatepass"), data
+
+
 def mutate(content: bytes, seed: int, blind: Callable[[bytes], bytes] | None = None) -> bytes:
     """One file from another; `blind` changes bytes without knowing what they are."""
     rng = random.Random(seed)
@@ -247,13 +280,15 @@ def mutate(content: bytes, seed: int, blind: Callable[[bytes], bytes] | None = N
             header = blind(header)
         elif how < 0.35:
             data = blind(data)
+        elif how < 0.4:
+            header, data = hollowed(header, data, rng)
         else:
             header = dump(mutated(parse(header), rng)).encode("utf-8", "surrogatepass")
         if rng.random() < 0.5:
             header = sealed(header, data)
         length = len(header) + rng.choice((1, -1, 8, 2**32, 2**63)) if rng.random() < 0.02 else None
         return joined(header, data, length)
-    except (ValueError, RecursionError, AttributeError, TypeError):
+    except (ValueError, RecursionError, AttributeError, TypeError, KeyError, OverflowError):
         return blind(content)
 
 
@@ -285,6 +320,10 @@ class Judge:
             (self.json_container if is_json else self.safetensors_container)(path, content)
             if b"qnative_format" in content:  # else the load ends where the reading did
                 self.model(path)
+            elif not is_json:
+                self.checkpoint(path, len(content))
+            if self.counts["files"] % COMMANDS == 0:
+                self.command(path)
             if trace:
                 peak = tracemalloc.get_traced_memory()[1]
                 assert peak <= (16 if is_json else 2) * len(content) + 16 * MIB, (
@@ -331,6 +370,26 @@ class Judge:
         assert STRICTER.search(refusal), f"the reference library accepts what is refused: {refusal}"
         self.counts["refused by rules of qnative's own"] += 1
 
+    def checkpoint(self, path: str, number: int) -> None:
+        try:
+            config, nan = CONFIGS[number % len(CONFIGS)], ("zero", "raise")[number // 8 % 2]
+            with np.errstate(all="ignore"):
+                model = qn.quantize_model(path, config, include="*", nan=nan)
+                for name in model.names("linear"):
+                    model[name](np.ones((1, model[name].in_features), np.float32))
+            self.counts["checkpoints quantized"] += 1
+        except ValueError:
+            self.counts["checkpoints refused"] += 1
+
+    def command(self, path: str) -> None:
+        said = io.StringIO()
+        name = ("inspect", "verify", "inspect", "compare")[self.counts["commands"] % 4]
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            status = cli.main([name, path] + [path] * (name == "compare"))
+        assert status in (0, 1), f"{name} ended with {status}"
+        assert said.getvalue().replace("\n", "").isprintable(), f"{name} printed what a file holds as it is"
+        self.counts["commands"] += 1
+
     def model(self, path: str) -> None:
         try:
             model = qn.QuantizedModel.load(path)
@@ -372,6 +431,10 @@ def seeds() -> list[bytes]:
         entries[code.lower()] = {"dtype": code, "shape": [2, 1], "data_offsets": [offset, offset + 2 * size]}
         offset += 2 * size
     found.append(joined(json.dumps({"__metadata__": {"a": "b"}, **entries}).encode(), bytes(offset)))
+    for dtype in (np.float32, np.float16):
+        params = {"a.weight": weight(5, 11), "a.bias": np.ones(5, np.float32), "embed.weight": weight(3, 4)}
+        params |= {"b.weight": weight(2, 3), "c.weight": weight(2, 6).reshape(2, 2, 3)}
+        found.append(safetensors.numpy.save({name: x.astype(dtype) for name, x in params.items()}))
     configs = [
         qn.QuantConfig.int8(), qn.QuantConfig.int8_per_channel().asymmetric(), qn.QuantConfig.int4(),
         qn.QuantConfig.int4_per_group(8).asymmetric(), qn.QuantConfig.int4_per_group(3), qn.QuantConfig.fp8(),
@@ -380,6 +443,7 @@ def seeds() -> list[bytes]:
     with tempfile.TemporaryDirectory() as folder:
         for i, config in enumerate(configs):
             params = {"a.weight": weight(5, 11), "a.bias": np.ones(5, np.float32), "norm": np.ones(3, np.float16)}
+            params |= {"b.weight": weight(2, 8), "c.weight": weight(2, 16).reshape(2, 2, 8)}
             model = qn.quantize_model(params, config, activations="float" if config.info.is_float else "dynamic")
             for suffix in (".safetensors", ".json"):
                 path = Path(folder) / f"m{i}{suffix}"

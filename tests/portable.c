@@ -17,6 +17,9 @@
  * vectors, k into groups, k-steps and the pieces of k that are decoded at a time. */
 enum { ROWS = 13, COLUMNS = 37, K = 133, GROUP = 32, THREADS = 3 };
 
+/* How int4 weights lie in memory: scales of a type, and a zero point each, or one for all, or none. */
+typedef enum { FLOAT32_SCALES, FLOAT16_SCALES, BFLOAT16_SCALES, ONE_ZERO, SYMMETRIC, STORAGES } storage_kind;
+
 typedef struct {
     qn_format format;
     qn_input input;
@@ -24,6 +27,7 @@ typedef struct {
     qn_activation activation;
     int64_t group;
     int wide;
+    storage_kind storage;
 } layer_kind;
 
 static uint32_t next_random(void) {
@@ -50,41 +54,46 @@ static int8_t random_code(qn_format format) {
     return (int8_t)code;
 }
 
+/* Scale i, as its type has it. */
+static void random_scale(qn_scale type, void *scales, int64_t i) {
+    if (type == QN_SCALE_FLOAT32)
+        ((float *)scales)[i] = 0.01f + 0.005f * random_float();
+    else /* of every magnitude from 2^-11 to 2^-4, or of 2^-9 to 2^-7 */
+        ((uint16_t *)scales)[i] = (uint16_t)(type == QN_SCALE_FLOAT16 ? 0x1000 + next_random() % 0x1C00 : 0x3B00 + next_random() % 0x100);
+}
+
 static void make_weights(qn_weights *w, const layer_kind *kind) {
+    int float8 = kind->format >= QN_FLOAT8_E4M3FN, int4 = kind->format == QN_INT4;
     memset(w, 0, sizeof *w);
     w->format = kind->format;
     w->n = COLUMNS;
     w->k = K;
     w->group = kind->group;
-    w->asymmetric = kind->format == QN_INT8 || kind->format == QN_INT4;
-    w->has_sums = w->asymmetric && kind->input != QN_INPUT_FLOAT;
-    w->one_zero = kind->format == QN_INT4 ? -1 : 0;
+    w->asymmetric = !float8 && kind->storage != SYMMETRIC;
+    w->has_sums = !float8 && kind->input != QN_INPUT_FLOAT && !(int4 && kind->group < K && kind->group <= QN_PAIR_GROUP);
+    if (kind->storage == FLOAT16_SCALES) w->scale = QN_SCALE_FLOAT16;
+    if (kind->storage == BFLOAT16_SCALES) w->scale = QN_SCALE_BFLOAT16;
+    if (int4) w->one_zero = kind->storage == ONE_ZERO ? 9 : w->asymmetric ? -1 : 0;
     w->bias = kind->output == QN_OUTPUT_ACC32 ? QN_NO_BIAS : QN_BIAS_FLOAT32;
     qn_weights_layout(w);
     w->data = aligned(w->panels * w->panel_bytes);
-    memset(w->data, 0, (size_t)(w->panels * w->panel_bytes));
-    int8_t codes[COLUMNS * K];
-    for (int i = 0; i < COLUMNS * K; i++) codes[i] = random_code(kind->format);
-    for (int64_t p = 0; p < w->panels; p++) {
-        int count = p < w->panels - 1 ? QN_NR : COLUMNS - (int)p * QN_NR;
-        uint8_t *panel = w->data + p * w->panel_bytes;
-        float *scale = (float *)(panel + w->scale_at), *bias = (float *)(panel + w->bias_at);
-        uint8_t *zero = panel + w->zero_at;
-        qn_pack_panel(&qn_kernel_scalar, w, p, codes + p * QN_NR * K, K, count);
-        for (int n = 0; n < count; n++) {
-            if (w->bias != QN_NO_BIAS) bias[n] = random_float();
-            for (int64_t g = 0; g < w->groups; g++) {
-                scale[g * QN_NR + n] = 0.01f + 0.005f * random_float();
-                if (!w->asymmetric) continue;
-                int32_t value = random_code(kind->format);
-                int64_t at = g * QN_NR + n;
-                if (kind->format == QN_INT4)
-                    zero[at / 2] |= (uint8_t)(value << at % 2 * 4);
-                else
-                    memcpy(zero + at * 4, &value, 4);
-            }
-        }
+    int64_t stride = int4 ? 4 * ((K + 7) / 8) : K, pairs = w->groups * COLUMNS;
+    uint8_t *codes = aligned(COLUMNS * stride);
+    void *scale = aligned(pairs * 4);
+    int8_t *zero = aligned(pairs);
+    float bias[COLUMNS];
+    for (int64_t i = 0; i < COLUMNS * stride; i++) codes[i] = int4 ? (uint8_t)next_random() : (uint8_t)random_code(kind->format);
+    for (int i = 0; i < COLUMNS; i++) bias[i] = random_float();
+    for (int64_t i = 0; i < pairs; i++) {
+        random_scale(w->scale, scale, i);
+        zero[i] = kind->storage == ONE_ZERO ? (int8_t)w->one_zero : float8 ? 0 : random_code(kind->format);
     }
+    qn_source source = {.codes = codes, .stride = stride, .scale = scale, .scale_type = w->scale, .zero = w->asymmetric ? zero : NULL,
+                        .bias = w->bias == QN_NO_BIAS ? NULL : bias};
+    if (!qn_pack(&qn_kernel_scalar, w, &source, 1, qn_pool_run)) abort();
+    free(codes);
+    free(scale);
+    free(zero);
 }
 
 /* Codes, or floats of several sizes. */
@@ -129,9 +138,9 @@ static int run(const layer_kind *kind, uint64_t *hash) {
                 memcpy(expected, y, (size_t)y_bytes);
                 for (int64_t at = 0; at < y_bytes; at++) *hash = (*hash ^ y[at]) * 1099511628211ull; /* FNV-1a */
             } else if (memcmp(expected, y, (size_t)y_bytes) != 0) {
-                fprintf(stderr, "%s, %d threads differ: format %d, input %d, output %d, activation %d, groups of %d, wide %d\n",
+                fprintf(stderr, "%s, %d threads differ: format %d, input %d, output %d, activation %d, groups of %d, wide %d, storage %d\n",
                         kernel->name, threads, (int)kind->format, (int)kind->input, (int)kind->output,
-                        (int)kind->activation, (int)kind->group, kind->wide);
+                        (int)kind->activation, (int)kind->group, kind->wide, (int)kind->storage);
                 failures++;
             }
         }
@@ -147,6 +156,7 @@ static int run(const layer_kind *kind, uint64_t *hash) {
 static int exists(const layer_kind *kind) {
     int float_product = kind->input == QN_INPUT_FLOAT || kind->format >= QN_FLOAT8_E4M3FN;
     int sums = kind->output == QN_OUTPUT_ACC32;
+    if (kind->storage != FLOAT32_SCALES && (kind->format != QN_INT4 || kind->activation != QN_IDENTITY)) return 0;
     return !(float_product && (kind->wide || sums)) && !(sums && (kind->wide || kind->activation != QN_IDENTITY));
 }
 
@@ -157,10 +167,11 @@ int main(void) {
     for (int format = QN_INT8; format <= QN_FLOAT8_E5M2; format++) {
         for (int input = QN_INPUT_FLOAT; input <= QN_INPUT_UINT8_CODES; input++) {
             for (int activation = QN_IDENTITY; activation <= QN_SILU; activation++) {
-                for (int choice = 0; choice < 3 * 2 * 2; choice++) {
+                for (int choice = 0; choice < 3 * 2 * 2 * STORAGES; choice++) {
                     layer_kind kind = {
                         .format = (qn_format)format, .input = (qn_input)input, .activation = (qn_activation)activation,
-                        .output = outputs[choice % 3], .group = choice / 3 % 2 ? GROUP : K, .wide = choice / 6,
+                        .output = outputs[choice % 3], .group = choice / 3 % 2 ? GROUP : K, .wide = choice / 6 % 2,
+                        .storage = (storage_kind)(choice / 12),
                     };
                     if (!exists(&kind)) continue;
                     failures += run(&kind, &hash);

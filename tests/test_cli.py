@@ -218,6 +218,13 @@ def test_names_of_a_file_cannot_write_to_the_terminal(tmp_path: Path, capsys: Ca
     bad = np.full((2, 2), np.nan, np.float32)
     safetensors.numpy.save_file({evil: bad}, tmp_path / "c.safetensors")
     assert "\x1b" not in fails(capsys, "quantize", tmp_path / "c.safetensors", path)
+    good = {f"{evil}.c_attn.weight": np.ones((2, 2), np.float32)}
+    safetensors.numpy.save_file(good, tmp_path / "c.safetensors")
+    captured = capsys.readouterr()
+    assert main(["quantize", str(tmp_path / "c.safetensors"), str(path), "--progress"]) == 0
+    captured = capsys.readouterr()
+    assert "weakest layer" in captured.out and "GPT-2" in captured.err
+    assert not {"\x1b", "\r"} & set(captured.out + captured.err)
 
 
 def test_linear_transpose_and_nan(tmp_path: Path, capsys: Capture) -> None:

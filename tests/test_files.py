@@ -290,10 +290,13 @@ except FormatError:
     assert int(done.stdout) * 1024 <= 2 * path.stat().st_size + 16 * MIB
 
 
-def test_empty_tensor_of_impossible_shape_is_listed_and_not_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype, shape", [("F32", [0, 2**62, 4]), ("F8_E4M3", [2**61, 0]), ("U8", [0, 2**64 - 1])])
+def test_empty_tensor_of_impossible_shape_is_listed_and_not_read(dtype: str, shape: list[int], tmp_path: Path) -> None:
+    """Impossible in any dtype: what is read as bytes is float32 when it is looked up."""
     path = tmp_path / "x.safetensors"
-    path.write_bytes(raw({"a": entry(shape=[0, 2**62, 4], stop=0)}))
-    with SafetensorsFile(path) as file, pytest.raises(FormatError, match="a: shape"):
+    path.write_bytes(raw({"a": entry(dtype, shape, stop=0)}))
+    safetensors.deserialize(path.read_bytes())
+    with SafetensorsFile(path) as file, pytest.raises(FormatError, match=r"a: shape .* beyond what an array can have"):
         file.read("a")
 
 
@@ -357,6 +360,43 @@ def test_missing_file_folder_and_pipe(tmp_path: Path) -> None:
         os.mkfifo(tmp_path / "pipe")  # opening it to read would wait for a writer for ever
         with pytest.raises(FormatError, match="regular file"):
             SafetensorsFile(tmp_path / "pipe")
+
+
+@posix
+def test_a_name_that_becomes_a_pipe_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not waited for either, and nothing is read from it."""
+    (tmp_path / "file").write_bytes(raw({}))
+    regular = os.stat(tmp_path / "file")
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr(files.os, "stat", lambda path: regular)
+    with pytest.raises(FormatError, match="regular file"):
+        SafetensorsFile(tmp_path / "pipe")
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="no files in memory here")
+@pytest.mark.parametrize("after", [b"", VALID[:50], VALID + b"more", raw({"other": entry()}, b"1234")])
+def test_what_is_written_meanwhile_is_not_what_is_judged(
+    after: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference library maps the header that was read, so a file that is cut short cannot end the process."""
+    path, judged = tmp_path / "x.safetensors", []
+    path.write_bytes(VALID)
+    genuine = safetensors.safe_open
+
+    def meanwhile(name: str, framework: str) -> Any:
+        judged.append(name)
+        assert not os.path.samefile(name, path)
+        path.write_bytes(after)
+        return genuine(name, framework=framework)
+
+    monkeypatch.setattr(safetensors, "safe_open", meanwhile)
+    before = len(os.listdir("/proc/self/fd"))
+    with SafetensorsFile(path) as file:
+        assert judged and list(file.tensors) == ["b", "a", "empty", "s", "t"]
+        if len(after) < len(VALID):
+            with pytest.raises(FormatError, match="cut short"):
+                file.read("t")
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_file_cut_short_after_opening(tmp_path: Path) -> None:
@@ -608,6 +648,17 @@ def test_missing_folder_and_folder_as_target(tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError):
         files.write_safetensors(tmp_path, tensors_of(1.0), {})
     assert os.listdir(tmp_path) == []
+
+
+@posix
+def test_a_device_or_a_pipe_is_not_replaced(tmp_path: Path) -> None:
+    """Nor through a link: renaming a file onto /dev/null would break the machine."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "x.safetensors").symlink_to("pipe")
+    for name in ("pipe", "x.safetensors"):
+        with pytest.raises(FileExistsError, match="not a file to replace"):
+            files.write_safetensors(tmp_path / name, tensors_of(1.0), {})
+    assert sorted(os.listdir(tmp_path)) == ["pipe", "x.safetensors"]
 
 
 @posix

@@ -159,6 +159,38 @@ def test_what_is_no_array_of_floats_is_refused(taker: str, what: str) -> None:
     assert len(str(caught.value)) > 20, "the message says what is wrong"
 
 
+CODES = PLAIN.astype(np.int8)
+NO_AXIS = (True, 1.0, "1", 2**70, -3, np.float32(1), np.array([1]))
+WRONG: dict[str, tuple[Callable[[], Any], type[Exception]]] = {
+    **{f"axis {a!r}": (lambda a=a: qn.quantize(PLAIN, np.ones(COLUMNS), axis=a), ValueError) for a in NO_AXIS},
+    **{f"axis {a!r} of groups": (lambda a=a: qn.dequantize(CODES, 1.0, axis=a, group_size=3), ValueError)
+       for a in NO_AXIS},
+    **{f"group size {g!r}": (lambda g=g: qn.fake_quantize(PLAIN, 1.0, group_size=g), ValueError)
+       for g in (True, 0, -1, 1.5, "8")},
+    "scale dtype that is no name": (lambda: qn.QuantConfig.int8().with_scale_dtype(np.dtype("float16")), ValueError),
+    "config of None": (lambda: qn.qparams_from_range(0.0, 1.0, None), TypeError),
+    "qparams that are text": (lambda: qn.quantize_tensor(PLAIN, qparams="dynamic"), TypeError),
+    "an array as an observer's state": (lambda: qn.make_observer("min_max").load_state_dict(PLAIN), TypeError),
+    "an array as a state": (lambda: qn.FakeQuantize().load_state_dict(PLAIN), TypeError),
+    "an array as parameters": (
+        lambda: qn.FakeQuantize().load_state_dict(qn.FakeQuantize().state_dict() | {"params": PLAIN}), ValueError),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_an_argument_of_another_kind_is_refused_with_a_reason(what: str) -> None:
+    call, error = WRONG[what]
+    with pytest.raises(error) as caught:
+        call()
+    assert len(str(caught.value)) > 20
+
+
+def test_an_axis_of_any_integer_type() -> None:
+    scale = np.linspace(0.01, 0.1, COLUMNS)
+    for axis in (np.uint8(1), np.int64(-1), -1):
+        same([qn.quantize(PLAIN, scale, axis=axis)], [qn.quantize(PLAIN, scale, axis=1)])
+
+
 @pytest.mark.parametrize("shape", [(0, COLUMNS), (0, 0, COLUMNS), (3, 0, COLUMNS)])
 @pytest.mark.parametrize("form", LAYERS)
 def test_no_rows(form: str, shape: tuple[int, ...]) -> None:
@@ -173,23 +205,3 @@ def test_no_rows(form: str, shape: tuple[int, ...]) -> None:
 def test_no_elements(taker: str) -> None:
     for array in TAKERS[taker](np.zeros((0, COLUMNS), np.float32)):
         assert array.size == 0
-
-
-@pytest.mark.slow
-def test_more_elements_than_an_int32_counts() -> None:
-    """2^31 and a few: a row of them, in the functions of elements and in an observer."""
-    n = 2**31 + 5
-    try:
-        x = np.zeros(n, np.float16)
-        x[-3:] = 1, -2, 3
-        codes = qn.quantize(x, 0.5)
-        assert codes[-3:].tolist() == [2, -4, 6] and not codes[:-3].any()
-        del codes
-        bits = qn.encode(x[-(2**31) - 1 :], "float8_e5m2")
-        assert bits.size == 2**31 + 1 and np.array_equal(qn.decode(bits[-3:], "float8_e5m2"), [1, -2, 3])
-        observer = qn.make_observer("min_max")
-        observer.observe(x)
-    except MemoryError:
-        pytest.skip("wants some 25 GB of memory")
-    qparams = observer.qparams(UINT8)
-    assert float(qparams.scale) == pytest.approx(5 / 255)

@@ -1162,6 +1162,54 @@ def test_the_sample_that_is_varied_is_good(sample: tuple[Document, Tensors], tmp
     same_model(sample_model(), qn.QuantizedModel.load(tmp_path / "good.safetensors"))
 
 
+ROWS_OF_NOTHING = [(2**58, 0), (2**40, 0, 3), (3, 0, 2**50), (0, 2**58), (2**59, 0), (0, 2**62), (2**62, 0)]
+
+
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int4", "float8_e4m3fn"])
+@pytest.mark.parametrize("shape", ROWS_OF_NOTHING)
+def test_sizes_that_no_byte_vouches_for_take_neither_time_nor_memory(
+    shape: tuple[int, ...], dtype: str, sample: tuple[Document, Tensors], tmp_path: Path
+) -> None:
+    """A hundred bytes may claim 2^58 rows of no elements, which nothing may walk through one by one."""
+    document, _ = copy_of(sample)
+    config = qn.QuantConfig(dtype)
+    entry = document["layers"]["em"] | {"config": config.to_dict(), "sqnr": None}
+    stored = (*shape[:-1], -(-shape[-1] // 8)) if config.bits == 4 else shape
+    code = {"int8": "I8", "uint8": "U8", "int4": "I32"}.get(dtype, "F8_E4M3")
+    tensors: Tensors = {
+        "e.weight_packed" if config.bits == 4 else "e.weight": [code, list(stored), b""],
+        "e.weight_scale": ["F32", [1], HALF.tobytes()],
+    }
+    if config.bits == 4:
+        tensors["e.weight_shape"] = ["I64", [len(shape)], np.array(shape, np.int64).tobytes()]
+    scheme = {"int4": "pack-quantized", "float8_e4m3fn": "float-quantized"}.get(dtype, "int-quantized")
+    path = tmp_path / "m.safetensors"
+    write_sample(path, {"scheme": scheme, "layers": {"e": entry}, "config_json": None}, tensors)
+    tracemalloc.start()
+    try:
+        if math.prod(n for n in shape if n) >= 2**59:
+            with pytest.raises(qn.FormatError, match="beyond what an array can have"):
+                qn.QuantizedModel.load(path)
+            return
+        tensor = qn.QuantizedModel.load(path)["e"]
+        assert tensor.dequantize().shape == shape
+        assert tensor.sqnr(tensor.dequantize()) == math.inf
+        if shape[0]:
+            assert tensor.take([0, shape[0] - 1, -1]).shape == (3, *shape[1:])
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_rows_of_nothing_in_groups_of_rows() -> None:
+    config = qn.QuantConfig.int8().per_group(2**30, axis=0)
+    q = qn.QuantizedTensor(
+        np.empty((2**40, 0), np.int8), np.empty((2**10, 0), np.float32), np.zeros((), np.int8), (2**40, 0), "float32",
+        config,
+    )  # fmt: skip
+    assert q.take([0, 2**40 - 1, -1]).shape == (3, 0)
+
+
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_loaded_model_never_fails_later(suffix: str, tmp_path: Path) -> None:
     """What `load` lets pass can be packed, called, decoded, saved: nothing is left to be refused."""
