@@ -286,9 +286,9 @@ static int usable(void) { return qn_cpu_features()->avx2 && qn_cpu_features()->f
 
 const qn_kernel qn_kernel_avx2 = {
     .name = "avx2", .layer_rows = LAYER_ROWS, .layer_panels = {0, 3, 3, 3, 3, 3, 3, 3, 3},
-    .layer_tile = layer_tile, .usable = usable, .a_bytes = QN_A_BYTES, .rate = 75, .float_rate = 40, .rows = 6, .panels = 3, .float_rows = 6, .float_panels = 1, .direct_rows = 6,
+    .layer_tile = layer_tile, .usable = usable, .a_bytes = QN_A_BYTES, .rate = 75, .float_rate = 40, .rows = 6, .panels = 3, .float_rows = 6, .float_panels = 1, .direct_rows = 6, .direct_most = 6,
     .quantize_rows = quantize_rows, .range = finite_range, .quantize_values = quantize_values, .tile_int8 = tile_int8, .tile_int4 = tile_int4,
-    .group_rows = 6, .group_panels = 1, .unpack_groups = unpack_groups, .tile_groups = tile_groups, .tile_float = qn_avx2_tile_float,
+    .group_rows = 6, .group_panels = 1, .unpack_groups = unpack_groups, .unpack_panel = unpack_panel, .tile_groups = tile_groups, .tile_float = qn_avx2_tile_float,
     .float_direct = qn_avx2_float_direct, .decode = qn_avx2_decode, .epilogue = epilogue,
 };
 #else

@@ -187,10 +187,10 @@ const qn_kernel KERNEL = {
 #else
     .name = "vnni256",
 #endif
-    .usable = usable, .a_bytes = QN_A_BYTES, .rate = 200, .float_rate = 40, .rows = 6, .panels = 3, .float_rows = 6, .float_panels = 1, .direct_rows = 6,
+    .usable = usable, .a_bytes = QN_A_BYTES, .rate = 200, .float_rate = 40, .rows = 6, .panels = 3, .float_rows = 6, .float_panels = 1, .direct_rows = 6, .direct_most = 6,
     .layer_rows = 6, .layer_panels = {0, 4, 2, 1, 1, 1, 1}, .layer_tile = layer_tile,
     .quantize_rows = quantize_rows, .range = finite_range, .quantize_values = quantize_values, .tile_int8 = tile_int8, .tile_int4 = tile_int4,
-    .group_rows = 6, .group_panels = 1, .unpack_groups = unpack_groups, .tile_groups = tile_groups, .tile_float = qn_avx2_tile_float,
+    .group_rows = 6, .group_panels = 1, .unpack_groups = unpack_groups, .unpack_panel = unpack_panel, .tile_groups = tile_groups, .tile_float = qn_avx2_tile_float,
     .float_direct = qn_avx2_float_direct, .decode = qn_avx2_decode, .epilogue = epilogue,
 };
 #else

@@ -142,8 +142,8 @@ def packed_bytes(
 
     Outputs are packed by 16, inputs padded to a multiple of 8 within each group. Every scale has its zero point beside
     it, where there are any, and for products of integers the sum of its codes. Four-bit codes have scales of their own
-    width, zero points of half a byte, and with groups of at most 128 no sums. (Asymmetric layers whose zero points happen
-    all to be 0 in the packed form, or with four bits to be equal, take less.)
+    width, zero points of half a byte, and with groups of at most 128 no sums. (Asymmetric layers whose zero points
+    happen all to be 0 in the packed form, or with four bits to be equal, take less.)
     """
     rows, columns = shape
     group = max(1, min(columns, config.group_size or columns))
