@@ -136,14 +136,9 @@ QN_INLINE void layer_rows_fixed(const int R, const weight_form form, const qn_ca
 
 QN_INLINE void layer_rows(const weight_form form, const qn_call *c, const qn_rows *rows, int64_t row, int count, int64_t column,
                           const k_piece *piece, VU carried[]) {
-    switch (count) {
-    case 1: layer_rows_fixed(1, form, c, rows, row, column, piece, carried); break;
-    case 2: layer_rows_fixed(2, form, c, rows, row, column, piece, carried); break;
-    case 3: layer_rows_fixed(3, form, c, rows, row, column, piece, carried); break;
-    case 4: layer_rows_fixed(4, form, c, rows, row, column, piece, carried); break;
-    case 5: layer_rows_fixed(5, form, c, rows, row, column, piece, carried); break;
-    default: layer_rows_fixed(6, form, c, rows, row, column, piece, carried); break;
-    }
+#define ROWS(R) layer_rows_fixed(R, form, c, rows, row, column, piece, carried)
+    QN_ROWS_TO_6(count, ROWS)
+#undef ROWS
 }
 
 static void layer_row(const qn_call *c, const qn_rows *rows, int64_t row, int64_t panel) {
@@ -222,14 +217,9 @@ QN_INLINE void tile(const int int4, int rows, int panels, int64_t k, const uint8
                     const uint8_t *b, int64_t panel_bytes, int32_t *acc) {
     for (int p = 0; p < panels; p++, b += panel_bytes, acc += QN_NR) {
         for (int half = 0; half < 2; half++) {
-            switch (rows) {
-            case 1: half_tile(1, int4, k, a, a_stride, b + 32 * half, acc + 8 * half); break;
-            case 2: half_tile(2, int4, k, a, a_stride, b + 32 * half, acc + 8 * half); break;
-            case 3: half_tile(3, int4, k, a, a_stride, b + 32 * half, acc + 8 * half); break;
-            case 4: half_tile(4, int4, k, a, a_stride, b + 32 * half, acc + 8 * half); break;
-            case 5: half_tile(5, int4, k, a, a_stride, b + 32 * half, acc + 8 * half); break;
-            default: half_tile(6, int4, k, a, a_stride, b + 32 * half, acc + 8 * half); break;
-            }
+#define ROWS(R) half_tile(R, int4, k, a, a_stride, b + 32 * half, acc + 8 * half)
+            QN_ROWS_TO_6(rows, ROWS)
+#undef ROWS
         }
     }
 }
@@ -266,14 +256,9 @@ QN_INLINE void tile_groups_fixed(const int R, const qn_group_tile *t) {
 }
 
 static void tile_groups(const qn_group_tile *t) {
-    switch (t->rows) {
-    case 1: tile_groups_fixed(1, t); break;
-    case 2: tile_groups_fixed(2, t); break;
-    case 3: tile_groups_fixed(3, t); break;
-    case 4: tile_groups_fixed(4, t); break;
-    case 5: tile_groups_fixed(5, t); break;
-    default: tile_groups_fixed(6, t); break;
-    }
+#define ROWS(R) tile_groups_fixed(R, t)
+    QN_ROWS_TO_6(t->rows, ROWS)
+#undef ROWS
 }
 
 #ifdef __clang__
