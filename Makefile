@@ -98,7 +98,7 @@ sanitize: $(BUILT) $(VENV)/.stamp-test
 	$(call install,valgrind)
 	rm -rf $(SANITIZED)
 	mkdir -p $(SANITIZED)
-	cp -R setup.py pyproject.toml README.md LICENSE Makefile .ci CHANGELOG.md csrc qnative tests benchmarks examples docs $(SANITIZED)/
+	cp -R setup.py pyproject.toml *.md LICENSE Makefile .ci csrc qnative tests benchmarks examples docs $(SANITIZED)/
 	find $(SANITIZED) -name '*.so' -delete
 	$(BIN)/python -m pip install --quiet Cython setuptools
 	cd $(SANITIZED) && QNATIVE_SANITIZE=1 $(abspath $(BIN))/python setup.py --quiet build_ext --inplace

@@ -73,13 +73,17 @@ def int4_peers(problem: Problem, threads: int = 1) -> Iterator[Contender]:
 def int4_bits() -> dict[str, tuple[float, float]]:
     """Return the bits a weight that formats claim (codes, scales, zero points) and that a layer of 4096x4096 takes."""
     problem, found = Problem.random(1, 4096, 4096), {}
-    formats = ((32, True, "float16"), (32, False, "float16"), (32, True, "float32"), (128, True, "float16"))
-    for size, symmetric, scale_dtype in formats:
+    formats = (
+        (32, True, "float16", "dynamic"), (32, False, "float16", "dynamic"), (32, False, "float16", "float"),
+        (32, True, "float32", "dynamic"), (128, True, "float16", "dynamic"),
+    )  # fmt: skip
+    for size, symmetric, scale_dtype, activations in formats:
         config = replace(qn.QuantConfig.int4_per_group(size), scale_dtype=scale_dtype)
         config = config if symmetric else config.asymmetric()
         claimed = 4 + ((16 if scale_dtype == "float16" else 32) + (0 if symmetric else 4)) / size
-        layer = qn.QuantizedLinear.from_float(problem.weight, None, config)
+        layer = qn.QuantizedLinear.from_float(problem.weight, None, config, activations=activations)
         name = f"groups of {size}, {'symmetric' if symmetric else 'asymmetric'}, {scale_dtype} scales"
+        name += ", float activations" if activations == "float" else ""
         found[name] = claimed, 8 * layer.nbytes / problem.weight.size
     return found
 

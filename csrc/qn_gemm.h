@@ -150,7 +150,7 @@ typedef struct {
     int32_t rate, float_rate;        /* multiply-adds a ns, roughly */
     int32_t rows, panels;            /* the largest tile */
     int32_t float_rows, float_panels; /* the largest with decoded weights */
-    int32_t direct_rows;             /* the largest of `float_direct`; 0 where there is none */
+    int32_t direct_rows, direct_most; /* the largest tile of `float_direct`; for how many rows it is quickest; 0 where there is none */
     /* The whole way of int8 weights with one group: product and epilogue of a tile while its sums are in registers. It takes
      * up to layer_rows rows, and of count rows (or 8, if there are more) up to layer_panels[count] panels. `ask` bytes from
      * `ahead` on will be needed next. May be NULL. */
@@ -179,6 +179,9 @@ typedef struct {
     void (*unpack_groups)(const qn_weights *w, const uint8_t *panel, int64_t first, int64_t groups, uint8_t *codes, int64_t step,
                           uint8_t *terms, int64_t term_step);
     void (*tile_groups)(const qn_group_tile *t);
+    /* Make of a panel of int4 weights one of `to`, which is int8 without zero points: they are taken off the codes, which then
+     * are -15..15. May be NULL. */
+    void (*unpack_panel)(const qn_weights *w, const uint8_t *panel, const qn_weights *to, uint8_t *out);
     /* The whole way of one row by panels [first, last) of int4 weights with small groups. May be NULL. */
     void (*row_groups)(const qn_call *c, const qn_rows *rows, int64_t row, int64_t first, int64_t last);
     /* acc = fma(a[k], b[k], acc), k ascending; a is [k / 4][rows][4], the last k / 4 perhaps not full, b is

@@ -124,13 +124,9 @@ QN_INLINE void layer_rows_fixed(const int R, const qn_call *c, const qn_rows *ro
 }
 
 static void layer_rows(const qn_call *c, const qn_rows *rows, int64_t row, int count, int64_t column) {
-    switch (count) {
-    case 2: layer_rows_fixed(2, c, rows, row, column); break;
-    case 3: layer_rows_fixed(3, c, rows, row, column); break;
-    case 4: layer_rows_fixed(4, c, rows, row, column); break;
-    case 5: layer_rows_fixed(5, c, rows, row, column); break;
-    default: layer_rows_fixed(6, c, rows, row, column); break;
-    }
+#define ROWS(R) layer_rows_fixed(R, c, rows, row, column)
+    QN_ROWS_TO_6(count, ROWS)
+#undef ROWS
 }
 
 static void layer_row(const qn_call *c, const qn_rows *rows, int64_t row, int64_t panel) {
@@ -262,14 +258,9 @@ QN_INLINE void tile(const int int4, int rows, int panels, int64_t k, const uint8
                     const uint8_t *b, int64_t panel_bytes, int32_t *acc) {
     for (int p = 0; p < panels; p++, b += panel_bytes, acc += QN_NR) {
         for (int half = 0; half < 2; half++) {
-            switch (rows) {
-            case 1: half_tile(1, int4, k, a, a_stride, b + 32 * half, acc + 8 * half); break;
-            case 2: half_tile(2, int4, k, a, a_stride, b + 32 * half, acc + 8 * half); break;
-            case 3: half_tile(3, int4, k, a, a_stride, b + 32 * half, acc + 8 * half); break;
-            case 4: half_tile(4, int4, k, a, a_stride, b + 32 * half, acc + 8 * half); break;
-            case 5: half_tile(5, int4, k, a, a_stride, b + 32 * half, acc + 8 * half); break;
-            default: half_tile(6, int4, k, a, a_stride, b + 32 * half, acc + 8 * half); break;
-            }
+#define ROWS(R) half_tile(R, int4, k, a, a_stride, b + 32 * half, acc + 8 * half)
+            QN_ROWS_TO_6(rows, ROWS)
+#undef ROWS
         }
     }
 }
@@ -306,14 +297,9 @@ QN_INLINE void tile_groups_fixed(const int R, const qn_group_tile *t) {
 }
 
 static void tile_groups(const qn_group_tile *t) {
-    switch (t->rows) {
-    case 1: tile_groups_fixed(1, t); break;
-    case 2: tile_groups_fixed(2, t); break;
-    case 3: tile_groups_fixed(3, t); break;
-    case 4: tile_groups_fixed(4, t); break;
-    case 5: tile_groups_fixed(5, t); break;
-    default: tile_groups_fixed(6, t); break;
-    }
+#define ROWS(R) tile_groups_fixed(R, t)
+    QN_ROWS_TO_6(t->rows, ROWS)
+#undef ROWS
 }
 
 #ifdef __clang__
@@ -326,9 +312,9 @@ static int usable(void) { return qn_cpu_features()->avx2 && qn_cpu_features()->f
 
 const qn_kernel qn_kernel_avx2 = {
     .name = "avx2", .layer_rows = LAYER_ROWS, .layer_panels = {0, 3, 3, 3, 3, 3, 3, 3, 3},
-    .layer_tile = layer_tile, .usable = usable, .a_bytes = QN_A_BYTES, .rate = 75, .float_rate = 40, .rows = 6, .panels = 3, .float_rows = 6, .float_panels = 1, .direct_rows = 6,
+    .layer_tile = layer_tile, .usable = usable, .a_bytes = QN_A_BYTES, .rate = 75, .float_rate = 40, .rows = 6, .panels = 3, .float_rows = 6, .float_panels = 1, .direct_rows = 6, .direct_most = 6,
     .quantize_rows = quantize_rows, .range = finite_range, .quantize_values = quantize_values, .tile_int8 = tile_int8, .tile_int4 = tile_int4,
-    .group_rows = 6, .group_panels = 1, .unpack_groups = unpack_groups, .tile_groups = tile_groups, .tile_float = qn_avx2_tile_float,
+    .group_rows = 6, .group_panels = 1, .unpack_groups = unpack_groups, .unpack_panel = unpack_panel, .tile_groups = tile_groups, .tile_float = qn_avx2_tile_float,
     .float_direct = qn_avx2_float_direct, .decode = qn_avx2_decode, .epilogue = epilogue,
 };
 #else

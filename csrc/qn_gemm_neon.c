@@ -342,7 +342,7 @@ const qn_kernel KERNEL = {
     .name = "neon", .rate = 25,
 #endif
     .usable = usable, .a_bytes = QN_A_BYTES, .float_rate = 16, .rows = ROWS, .panels = 3, .float_rows = 6, .float_panels = 1,
-    .direct_rows = 6, .layer_rows = ROWS, .layer_panels = {0, ROW_PANELS, 1, 1, 1, 1, 1, 1, 1}, .layer_tile = layer_tile,
+    .direct_rows = 6, .direct_most = 12, .layer_rows = ROWS, .layer_panels = {0, ROW_PANELS, 1, 1, 1, 1, 1, 1, 1}, .layer_tile = layer_tile,
     .quantize_rows = quantize_rows, .range = finite_range, .quantize_values = quantize_values, .tile_int8 = tile_int8,
     .tile_int4 = tile_int4, .tile_float = qn_neon_tile_float, .float_direct = qn_neon_float_direct, .decode = qn_neon_decode,
     .epilogue = epilogue,

@@ -237,9 +237,9 @@ static int usable(void) {
 }
 
 const qn_kernel qn_kernel_avx512vnni = {
-    .name = "avx512vnni", .layer_rows = 8, .layer_panels = {0, QN_ANY_PANELS, 6, 4, 4, 4, 4, 3, 3}, .layer_tile = layer_tile, .usable = usable, .a_bytes = QN_A_BYTES, .rate = 200, .float_rate = 50, .rows = 8, .panels = 3, .float_rows = 9, .float_panels = 3, .direct_rows = 6,
+    .name = "avx512vnni", .layer_rows = 8, .layer_panels = {0, QN_ANY_PANELS, 6, 4, 4, 4, 4, 3, 3}, .layer_tile = layer_tile, .usable = usable, .a_bytes = QN_A_BYTES, .rate = 200, .float_rate = 50, .rows = 8, .panels = 3, .float_rows = 9, .float_panels = 3, .direct_rows = 6, .direct_most = 12,
     .quantize_rows = quantize_rows, .range = finite_range, .quantize_values = quantize_values, .tile_int8 = tile_int8, .tile_int4 = tile_int4,
-    .group_rows = 8, .group_panels = 3, .unpack_groups = unpack_groups, .tile_groups = tile_groups, .row_groups = row_groups,
+    .group_rows = 8, .group_panels = 3, .unpack_groups = unpack_groups, .unpack_panel = unpack_panel, .tile_groups = tile_groups, .row_groups = row_groups,
     .tile_float = qn_avx512_tile_float, .float_direct = qn_avx512_float_direct, .decode = qn_avx512_decode, .epilogue = epilogue,
 };
 #else

@@ -121,14 +121,9 @@ static void layer_tile(const qn_call *c, const qn_rows *rows, int64_t row, int c
 QN_INLINE void tiles(const int int4, int rows, int panels, int64_t k, const uint8_t *a, int64_t a_stride, const uint8_t *b,
                      int64_t panel_bytes, int32_t *acc) {
     for (int p = 0; p < panels; p++, b += panel_bytes, acc += QN_NR) {
-        switch (rows) {
-        case 1: tile(1, int4, k, a, a_stride, b, acc); break;
-        case 2: tile(2, int4, k, a, a_stride, b, acc); break;
-        case 3: tile(3, int4, k, a, a_stride, b, acc); break;
-        case 4: tile(4, int4, k, a, a_stride, b, acc); break;
-        case 5: tile(5, int4, k, a, a_stride, b, acc); break;
-        default: tile(6, int4, k, a, a_stride, b, acc); break;
-        }
+#define ROWS(R) tile(R, int4, k, a, a_stride, b, acc)
+        QN_ROWS_TO_6(rows, ROWS)
+#undef ROWS
     }
 }
 
@@ -156,14 +151,9 @@ QN_INLINE void tile_groups_fixed(const int R, const qn_group_tile *t) {
 }
 
 static void tile_groups(const qn_group_tile *t) {
-    switch (t->rows) {
-    case 1: tile_groups_fixed(1, t); break;
-    case 2: tile_groups_fixed(2, t); break;
-    case 3: tile_groups_fixed(3, t); break;
-    case 4: tile_groups_fixed(4, t); break;
-    case 5: tile_groups_fixed(5, t); break;
-    default: tile_groups_fixed(6, t); break;
-    }
+#define ROWS(R) tile_groups_fixed(R, t)
+    QN_ROWS_TO_6(t->rows, ROWS)
+#undef ROWS
 }
 
 #ifdef __clang__
@@ -187,10 +177,10 @@ const qn_kernel KERNEL = {
 #else
     .name = "vnni256",
 #endif
-    .usable = usable, .a_bytes = QN_A_BYTES, .rate = 200, .float_rate = 40, .rows = 6, .panels = 3, .float_rows = 6, .float_panels = 1, .direct_rows = 6,
+    .usable = usable, .a_bytes = QN_A_BYTES, .rate = 200, .float_rate = 40, .rows = 6, .panels = 3, .float_rows = 6, .float_panels = 1, .direct_rows = 6, .direct_most = 6,
     .layer_rows = 6, .layer_panels = {0, 4, 2, 1, 1, 1, 1}, .layer_tile = layer_tile,
     .quantize_rows = quantize_rows, .range = finite_range, .quantize_values = quantize_values, .tile_int8 = tile_int8, .tile_int4 = tile_int4,
-    .group_rows = 6, .group_panels = 1, .unpack_groups = unpack_groups, .tile_groups = tile_groups, .tile_float = qn_avx2_tile_float,
+    .group_rows = 6, .group_panels = 1, .unpack_groups = unpack_groups, .unpack_panel = unpack_panel, .tile_groups = tile_groups, .tile_float = qn_avx2_tile_float,
     .float_direct = qn_avx2_float_direct, .decode = qn_avx2_decode, .epilogue = epilogue,
 };
 #else

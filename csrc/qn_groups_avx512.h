@@ -65,28 +65,49 @@ QN_INLINE void tile_groups_fixed(const int R, const int P, const qn_group_tile *
     }
 }
 
+/* What is found of a group while a row passes by: sums of products, of even k-steps and of odd ones, and of codes. */
+typedef struct { VU even, odd, codes; } group_sums;
+
+enum { GROUPS_AHEAD = 2048 }; /* bytes from what is unpacked to what is asked for */
+
+/* Two k-steps of one row and a panel. */
+QN_INLINE void row_steps(group_sums *sums, const uint8_t *a, const uint8_t *b) {
+    const __m512i low_nibble = _mm512_set1_epi8(15);
+    _mm_prefetch((const char *)b + GROUPS_AHEAD, _MM_HINT_T0);
+    __m512i even = _mm512_loadu_si512(b), odd = _mm512_and_si512(_mm512_srli_epi16(even, 4), low_nibble);
+    even = _mm512_and_si512(even, low_nibble);
+    add_products(&sums->even, broadcast_step(a), even);
+    add_products(&sums->odd, broadcast_step(a + 4), odd);
+    add_products(&sums->codes, _mm512_add_epi8(even, odd), _mm512_set1_epi8(1));
+}
+
+/* The zero points of a panel's columns, times 2^16: each column's nibble is turned to where it is wanted. */
+QN_INLINE __m512i high_zeros(const uint8_t *nibbles) {
+    const __m512i turns = _mm512_setr_epi32(16, 12, 8, 4, 0, 28, 24, 20, 16, 12, 8, 4, 0, 28, 24, 20);
+    int32_t halves[2];
+    memcpy(halves, nibbles, sizeof halves);
+    __m512i both = _mm512_mask_set1_epi32(_mm512_set1_epi32(halves[0]), 0xFF00, halves[1]);
+    return _mm512_and_si512(_mm512_rolv_epi32(both, turns), _mm512_set1_epi32(15 << 16));
+}
+
 /* One row by one panel, codes unpacked in registers: a matter of reading the panel. The sums of codes are found beside the
- * product. */
-QN_INLINE VF row_of_groups(const qn_call *c, const qn_rows *rows, int64_t row, const uint8_t *panel, const uint8_t *ahead) {
+ * product; with the zero points they are pairs as those that `tile_groups` is given. */
+QN_INLINE VF row_of_groups(const qn_call *c, const qn_rows *rows, int64_t row, const uint8_t *panel) {
     const qn_weights *w = c->w;
-    const uint8_t *a = rows->a + row * rows->a_stride, *b = panel + w->codes_at;
-    const __m512i low_nibble = _mm512_set1_epi8(15), ones = _mm512_set1_epi8(1), low_half = _mm512_set1_epi32(0xFFFF);
+    const uint8_t *a = rows->a + row * rows->a_stride, *b = panel + w->codes_at, *zeros = panel + w->zero_at;
     const int32_t *pairs = rows->sum + row * rows->sum_row;
     VF total = vf_splat(-0.0f), row_scale = vf_splat(rows->scale[row]);
+    __m512i zero = _mm512_set1_epi32(w->one_zero << 16);
     for (int64_t g = 0; g < w->groups; g++, pairs += rows->sum_group) {
-        VU even_sum = vu_splat(0), odd_sum = vu_splat(0), code_sum = vu_splat(0);
-        for (const uint8_t *end = a + w->group_k; a < end; a += 8, b += 64, ahead += 64) {
-            _mm_prefetch((const char *)ahead, _MM_HINT_T0);
-            __m512i even = _mm512_loadu_si512(b), odd = _mm512_and_si512(_mm512_srli_epi16(even, 4), low_nibble);
-            even = _mm512_and_si512(even, low_nibble);
-            add_products(&even_sum, broadcast_step(a), even);
-            add_products(&odd_sum, broadcast_step(a + 4), odd);
-            add_products(&code_sum, _mm512_add_epi8(even, odd), ones);
-        }
-        VU zero = zero_of_columns(w, panel, 0, g);
-        __m512i pair = _mm512_or_si512(_mm512_and_si512((__m512i)code_sum, low_half), _mm512_slli_epi32((__m512i)zero, 16));
-        __m512i less = _mm512_madd_epi16(pair, _mm512_set1_epi32(*pairs));
-        VF value = _mm512_cvtepi32_ps(_mm512_sub_epi32((__m512i)(even_sum + odd_sum), less));
+        group_sums sums = {vu_splat(0), vu_splat(0), vu_splat(0)};
+        int64_t k = w->group_k;
+        for (; k >= 32; k -= 32, a += 32, b += 256)
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) row_steps(&sums, a + 8 * i, b + 64 * i);
+        for (; k > 0; k -= 8, a += 8, b += 64) row_steps(&sums, a, b);
+        if (w->one_zero < 0) zero = high_zeros(zeros + g * QN_NR / 2);
+        __m512i less = _mm512_madd_epi16(_mm512_or_si512((__m512i)sums.codes, zero), _mm512_set1_epi32(*pairs));
+        VF value = _mm512_cvtepi32_ps(_mm512_sub_epi32((__m512i)(sums.even + sums.odd), less));
         total = total + value * (row_scale * scale_of_columns(w, panel, 0, g));
     }
     return total;
@@ -98,7 +119,7 @@ static void row_groups(const qn_call *c, const qn_rows *rows, int64_t row, int64
     for (int64_t p = first; p < last; p++) {
         float sum[QN_NR];
         const uint8_t *panel = w->data + p * w->panel_bytes;
-        vf_store(sum, row_of_groups(c, rows, row, panel, panel + w->codes_at + 1024));
+        vf_store(sum, row_of_groups(c, rows, row, panel));
         epilogue(c, rows, row, 1, p, 1, w->groups - 1, 0, 0, sum);
     }
 }

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: BSD-3-Clause
  *
- * Weights with small groups, the part that is the same for every vector: `unpack_groups` of qn_gemm.h, and what finishes a group.
+ * Weights that are unpacked for many rows, the part that is the same for every vector: `unpack_groups` and `unpack_panel` of
+ * qn_gemm.h, and what finishes a group.
  * Beside those of qn_tile.h, an instruction set's file defines these verbs:
  *
  *   vu_add_bytes(s, x)       each lane of s plus the four bytes of x, unsigned
@@ -36,6 +37,31 @@ static void unpack_groups(const qn_weights *w, const uint8_t *panel, int64_t fir
             VU pair = ((vu_splat(0) - code_sum) & vu_splat(0xFFFF)) | (vu_splat(0) - zero) << 16;
             vf_store((float *)(void *)terms + n, scale_of_columns(w, panel, n, g));
             vu_store((uint32_t *)(void *)(terms + 64) + n, pair);
+        }
+    }
+}
+
+static void unpack_panel(const qn_weights *w, const uint8_t *panel, const qn_weights *to, uint8_t *out) {
+    const VU low = vu_splat(0x0F0F0F0Fu);
+    const uint8_t *b = panel + w->codes_at;
+    uint8_t *codes = out + to->codes_at;
+    memcpy(out, panel, (size_t)w->scale_at); /* the bias */
+    for (int64_t g = 0; g < w->groups; g++) {
+        VB zeros[QN_NR / QN_W];
+        uint32_t k = (uint32_t)qn_min64(w->group, w->k - g * w->group);
+        for (int n = 0; n < QN_NR; n += QN_W) {
+            VU zero = zero_of_columns(w, panel, n, g);
+            zeros[n / QN_W] = (VB)vu_multiply(zero, vu_splat(0x01010101));
+            vf_store((float *)(void *)(out + to->scale_at) + g * QN_NR + n, scale_of_columns(w, panel, n, g));
+            vu_store((uint32_t *)(void *)(out + to->sum_at) + g * QN_NR + n,
+                     sum_of_columns(w, panel, n, g) - vu_multiply(zero, vu_splat(k)));
+        }
+        for (int64_t i = 0; i < w->group_k; i += 2 * QN_KR, b += 64, codes += 128) {
+            for (int n = 0; n < QN_NR / QN_W; n++) {
+                VU pairs = vu_load((const uint32_t *)(const void *)b + n * QN_W);
+                vu_store((uint32_t *)(void *)codes + n * QN_W, (VU)((VB)(pairs & low) - zeros[n]));
+                vu_store((uint32_t *)(void *)(codes + 64) + n * QN_W, (VU)((VB)((pairs >> 4) & low) - zeros[n]));
+            }
         }
     }
 }

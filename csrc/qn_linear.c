@@ -18,7 +18,10 @@ enum {
     FLOAT_K = 256,           /* a piece of k: with its rows, sums and a tile's decoded weights, half of an L2 cache of 1 MiB */
     PIECES_A_THREAD = 8,     /* of a block, so that whoever is late leaves little to wait for */
     FLOAT_PIECES_A_THREAD = 4, /* fewer, as each arranges the rows for itself */
-    PIECE_PANELS = 8         /* of a piece at least, where a tile takes any number */
+    PIECE_PANELS = 8,        /* of a piece at least, where a tile takes any number */
+    UNPACK_ROWS = 48,        /* for fewer, int4 weights are sooner unpacked in registers, tile by tile */
+    UNPACK_K = 6 << 10,      /* of longer rows the panels of a tile are more than the L2 cache should hold */
+    UNPACKED_BYTES = 128 << 10 /* of int8 weights that are made of int4 ones at a time */
 };
 
 /* Does the product run in float32: float activations, or float8 weights? */
@@ -41,14 +44,39 @@ static int64_t block_rows(const qn_kernel *kernel, const qn_call *c) {
     return qn_min64(rows < tile ? tile : rows, c->m);
 }
 
-/* Few rows are multiplied with weights as they are decoded; for more than two tiles, decoded weights are kept for a moment. */
-static int is_direct(const qn_kernel *kernel, const qn_call *c) { return is_float(c) && c->m <= 2 * kernel->direct_rows; }
+/* Few rows are multiplied with weights as they are decoded; for more, decoded weights are kept for a moment. */
+static int is_direct(const qn_kernel *kernel, const qn_call *c) { return is_float(c) && c->m <= kernel->direct_most; }
 
 /* Sums of a float product wait as tiles of [rows][QN_TILE_COLS]. */
 static int64_t float_tiles(int64_t panels) { return (qn_min64(panels, FLOAT_PANELS) + QN_TILE_PANELS - 1) / QN_TILE_PANELS; }
 
 /* Float8 weights with groups and float8 activations: a chain and a scale each group, the groups added up apart. */
 static int adds_groups(const qn_call *c) { return c->input != QN_INPUT_FLOAT && c->w->groups > 1; }
+
+/* Int4 weights with large groups, or none, are unpacked for many rows: some panels at a time become int8 weights. */
+static qn_weights unpacked_weights(const qn_weights *w, int64_t first, int64_t panels, uint8_t *data) {
+    qn_weights some = *w;
+    some.format = QN_INT8;
+    some.asymmetric = 0;
+    some.has_sums = 1;
+    some.scale = QN_SCALE_FLOAT32;
+    some.n = qn_min64(w->n - first * QN_NR, panels * QN_NR);
+    some.data = data;
+    qn_weights_layout(&some);
+    return some;
+}
+
+static int unpacks_panels(const qn_kernel *kernel, const qn_call *c) {
+    return kernel->unpack_panel && c->w->format == QN_INT4 && !is_float(c) && !qn_sums_groups(kernel, c) && !c->wide &&
+           c->output != QN_OUTPUT_ACC32 && c->m >= UNPACK_ROWS && c->w->k <= UNPACK_K;
+}
+
+/* How many panels are unpacked at a time: those of whole tiles. */
+static int64_t unpacked_panels(const qn_weights *w) {
+    int64_t panels = UNPACKED_BYTES / unpacked_weights(w, 0, 1, 0).panel_bytes;
+    panels = panels > QN_TILE_PANELS ? panels / QN_TILE_PANELS * QN_TILE_PANELS : QN_TILE_PANELS;
+    return qn_min64(panels, w->panels);
+}
 
 /* Scratch: | codes | scale | zero | sums | of a block, then for each thread | decoded weights | a block's rows, arranged for
  * tiles | its sums | and of all groups |; each 64-byte aligned. */
@@ -66,7 +94,8 @@ static scratch_layout layout_scratch(const qn_kernel *kernel, const qn_call *c) 
     s.rows = pieced * k * kernel->float_panels * QN_NR * 4;
     s.tiles = s.rows + pieced * qn_round_up(rows * k * 4, 64);
     s.totals = s.tiles + pieced * sums;
-    s.thread_bytes = qn_sums_groups(kernel, c) ? qn_groups_scratch(c->w, rows) : s.totals + (adds_groups(c) ? pieced * sums : 0);
+    s.thread_bytes = unpacks_panels(kernel, c) ? unpacked_panels(c->w) * unpacked_weights(c->w, 0, 1, 0).panel_bytes
+                     : qn_sums_groups(kernel, c) ? qn_groups_scratch(c->w, rows) : s.totals + (adds_groups(c) ? pieced * sums : 0);
     return s;
 }
 
@@ -166,6 +195,20 @@ static void integer_block(const qn_kernel *kernel, const qn_call *c, const qn_ro
             row += count;
         }
         panel += panels;
+    }
+}
+
+/* The same with weights that are unpacked first. */
+static void unpacked_block(const qn_kernel *kernel, const qn_call *c, const qn_rows *rows, int64_t first, int64_t last, uint8_t *scratch) {
+    for (int64_t panels; first < last; first += panels) {
+        panels = qn_min64(unpacked_panels(c->w), last - first);
+        qn_weights some = unpacked_weights(c->w, first, panels, scratch);
+        for (int64_t p = 0; p < panels; p++)
+            kernel->unpack_panel(c->w, c->w->data + (first + p) * c->w->panel_bytes, &some, scratch + p * some.panel_bytes);
+        qn_call part = *c; /* these columns only */
+        part.w = &some;
+        part.y = (uint8_t *)c->y + first * QN_NR * (c->output == QN_OUTPUT_FLOAT32 ? 4 : 1);
+        integer_block(kernel, &part, rows, 0, panels);
     }
 }
 
@@ -292,6 +335,8 @@ static void multiply_piece(const job *j, const qn_rows *rows, int64_t first, int
             .tiles = (float *)(void *)(own + j->layout.tiles), .totals = (float *)(void *)(own + j->layout.totals),
         };
         float_block(j->kernel, j->c, rows, first, last, &scratch);
+    } else if (unpacks_panels(j->kernel, j->c)) {
+        unpacked_block(j->kernel, j->c, rows, first, last, own);
     } else {
         integer_block(j->kernel, j->c, rows, first, last);
     }

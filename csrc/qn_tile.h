@@ -525,6 +525,17 @@ QN_INLINE uint32_t corrected_sum(const qn_weights *w, const qn_rows *rows, int64
 
 enum { COLUMN_VECTORS = QN_TILE_VALUES / QN_W }; /* of a row of a tile, at most */
 
+/* CALL(R) with a constant R for each number of rows that a tile of at most 6 has. */
+#define QN_ROWS_TO_6(rows, CALL)  \
+    switch (rows) {               \
+    case 1: CALL(1); break;       \
+    case 2: CALL(2); break;       \
+    case 3: CALL(3); break;       \
+    case 4: CALL(4); break;       \
+    case 5: CALL(5); break;       \
+    default: CALL(6); break;      \
+    }
+
 QN_ONCE void epilogue(const qn_call *c, const qn_rows *rows, int64_t row, int count, int64_t panel, int panels, int64_t g,
                       const int32_t *acc, const float *converted, float *sum);
 

@@ -8,6 +8,7 @@
 typedef __m512 VF;
 typedef uint32_t VU __attribute__((vector_size(64)));
 typedef int32_t VI __attribute__((vector_size(64)));
+typedef uint8_t VB __attribute__((vector_size(64)));
 
 static inline VF vf_load(const float *p) { return _mm512_loadu_ps(p); }
 static inline void vf_store(float *p, VF v) { _mm512_storeu_ps(p, v); }

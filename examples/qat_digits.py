@@ -11,7 +11,7 @@ weights and its own order of batches. Three networks come out of it:
 The accuracies of quantized networks are those of what would be deployed: `QATLinear.convert()` gives integer layers,
 and the digits run through these.
 
-    pip install 'qnative[qat-demo]'
+    pip install '.[qat-demo]'
     python examples/qat_digits.py
 
 Exits 1 when QAT falls further behind float32 than it should (see `failures`).

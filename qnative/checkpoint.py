@@ -150,7 +150,8 @@ def packed_bytes(
     groups = -(-columns // group) if columns else 1
     four_bits = config.bits == 4
     sums = activations != "float" and not config.info.is_float and not (four_bits and groups > 1 and group <= 128)
-    zero_points = columns > 0 and not config.is_symmetric
+    one = config.axis is None or rows * groups == 1  # all zero points are equal
+    zero_points = columns > 0 and not config.is_symmetric and not (four_bits and one)
     terms = 32 if four_bits and config.scale_dtype != "float32" else 64
     terms += 64 * sums + (8 if four_bits else 64) * zero_points
     head = -(-(64 * bias + terms * groups) // 64) * 64

@@ -135,6 +135,7 @@ def code_dtype(name: object) -> CodeDType:
 
 
 def check_int(name: str, value: Any) -> int | None:
+    """Return an optional whole number as an int; ValueError if it is something else, True and False too."""
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):

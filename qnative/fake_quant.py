@@ -300,6 +300,11 @@ class FakeQuantize:
 
         A scale that is learned already is not moved by it: `enable_observer` first.
 
+        Parameters
+        ----------
+        x : array_like of float
+            Any shape that has the config's axis.
+
         Raises
         ------
         TypeError, ValueError

@@ -75,7 +75,10 @@ class Granules(NamedTuple):
 def nonfinite_error(bad: int, size: int, remedy: str | None = None) -> ValueError:
     """Build the error for NaNs and infinities in data that is to be quantized."""
     if remedy is None:
-        remedy = 'clean the data, or pass nan="zero" to quantize NaN as 0 and infinities as the ends of the range'
+        remedy = (
+            "clean the data, or have NaN made 0 and infinities the ends of the range: "
+            'nan="zero" of quantize, quantize_tensor and quantize_model, --nan zero of the command line'
+        )
     return ValueError(f"{bad} of {size} values are NaN or infinite and have no code; {remedy}")
 
 

@@ -63,6 +63,18 @@ class QuantizedLinear(_core.PackedLinear):
     The numbers, the same bits on every CPU: sums of products are exact integers; then
     ``y = fl(fl(float32(acc) * fl(s_x * s_w[n])) + bias[n])`` in float32, the products of groups added in ascending
     order before the bias; then the activation; an integer output equals ``quantize(y, output)``.
+
+    Parameters
+    ----------
+    tensor : QuantizedTensor, shape (out_features, in_features)
+        The weights, with one scale, one an output, or groups along in_features.
+    bias, activations, activation, output
+        As for `from_float`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For weights that are no `QuantizedTensor`, and shapes or settings that do not fit.
     """
 
     def __init__(
@@ -303,12 +315,22 @@ class QuantizedLinear(_core.PackedLinear):
     def quantize_input(self, x: ArrayLike) -> tuple[NDArray[Any], NDArray[np.float32], NDArray[Any]]:
         """Quantize x as a call does.
 
+        Parameters
+        ----------
+        x : array_like, shape (..., in_features)
+            As for a call.
+
         Returns
         -------
         codes : numpy.ndarray, shape of x
             uint8 (dynamic), int8 (dynamic_symmetric), the static dtype's storage, or uint8 holding float8 codes.
         scale : numpy.ndarray of float32, shape x.shape[:-1] (dynamic) or () (static)
         zero_point : numpy.ndarray, of the scale's shape and the codes' dtype
+
+        Raises
+        ------
+        ValueError
+            With ``activations="float"``, and for another shape.
         """
         if self._activations == "float":
             raise ValueError('activations="float" are not quantized')
@@ -335,11 +357,21 @@ class QuantizedLinear(_core.PackedLinear):
     def accumulate(self, x: ArrayLike) -> NDArray[Any]:
         """Compute the exact integer sums of a call, before any float.
 
+        Parameters
+        ----------
+        x : array_like, shape (..., in_features)
+            As for a call.
+
         Returns
         -------
         numpy.ndarray
             ``sum((a - z_a) * (w - z_w))``, plus the bias if it is int32; int32, or int64 where in_features is so large
             that int32 might not hold it. Shape (..., out_features), or (..., groups, out_features) with groups.
+
+        Raises
+        ------
+        ValueError
+            With ``activations="float"`` or float8 weights, whose sums are float32, and for another shape.
         """
         return self._accumulate(x)
 

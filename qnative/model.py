@@ -171,6 +171,15 @@ class QuantizedModel(Mapping[str, Any]):
         ----------
         name : str
             ``X``, or ``X.weight``.
+
+        Returns
+        -------
+        QuantizedTensor or numpy.ndarray
+
+        Raises
+        ------
+        KeyError
+            If there is no such name; the message suggests one that is near.
         """
         weight = self._weights.get(name) or self._weights.get(layer_name(name))
         return self._stored(name).value() if weight is None else weight.tensor()

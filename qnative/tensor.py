@@ -68,6 +68,8 @@ class QuantizedTensor:
         The original's dtype.
     config : QuantConfig
         How it was quantized.
+    check : bool
+        Look at every scale and code. False: they are known to be right, as what `quantize_tensor` has made is.
 
     Raises
     ------

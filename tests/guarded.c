@@ -67,7 +67,7 @@ typedef struct {
 static int64_t size_about(int64_t most) { return below(4) ? from_to(1, most) : from_to(1, 17); }
 
 static layer random_layer(void) {
-    layer l = {.m = size_about(40), .n = size_about(150), .k = size_about(400), .threads = 1 + 2 * (int)below(2)};
+    layer l = {.m = size_about(64), .n = size_about(150), .k = size_about(400), .threads = 1 + 2 * (int)below(2)};
     l.format = (qn_format)below(4);
     int float8 = l.format >= QN_FLOAT8_E4M3FN;
     l.input = (qn_input)below(6);

@@ -17,6 +17,7 @@ from qnative.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("examples/*.md"))]
+DENSE = "encoder.layer.0.intermediate.dense"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -29,8 +30,7 @@ def blocks(text: str, language: str) -> list[str]:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder to be in, with the checkpoint that README.md speaks of, no wider than it has to be."""
     rng = np.random.default_rng(0)
-    dense = "encoder.layer.0.intermediate.dense"
-    shapes = {f"{dense}.weight": (32, 768), f"{dense}.bias": (32,), "embeddings.word_embeddings.weight": (50, 16)}
+    shapes = {f"{DENSE}.weight": (32, 768), f"{DENSE}.bias": (32,), "embeddings.word_embeddings.weight": (50, 16)}
     params = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
     safetensors.numpy.save_file(params, tmp_path / "model.safetensors")
     monkeypatch.chdir(tmp_path)
@@ -39,6 +39,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_what_the_readme_shows_runs(folder: Path) -> None:
     """One block after the other, with what it leaves to the reader: data, and a gradient."""
+    pytest.importorskip("matplotlib")
     rng = np.random.default_rng(1)
     namespace: dict[str, Any] = {
         "token_ids": np.array([[3, 1], [4, 1]]),
@@ -54,6 +55,8 @@ def test_what_the_readme_shows_runs(folder: Path) -> None:
         qn.set_num_threads(None)
     assert qn.get_num_threads() == threads
     assert namespace["rows"].shape == (2, 2, 16)
+    assert sorted(r.name for r in namespace["reports"]) == ["embeddings.word_embeddings", DENSE]
+    assert (folder / "layers.png").read_bytes().startswith(b"\x89PNG")
     assert namespace["model"]["layer1"].activations == namespace["specs"]["layer1"].qparams
     assert {"weight", "bias", "weight_scale"} <= set(namespace["layer"].grads)
     assert np.abs(namespace["deployed"](namespace["x"]) - namespace["y"]).max() < 1e-2

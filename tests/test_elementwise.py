@@ -363,6 +363,9 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         qn.quantize(x, 1.0, 8, "int4")
     with pytest.raises(ValueError, match="group_size"):
         qn.quantize(x, np.ones((4, 6)), axis=1, group_size=0)
+    for bad in ({"axis": 0.0}, {"axis": 1, "group_size": 2.0}):
+        with pytest.raises(ValueError, match="must be an int"):
+            qn.quantize(x, np.ones(4), **bad)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="axis"):
         qn.quantize(np.float32(1), 1.0, axis=0)
 

@@ -196,6 +196,16 @@ def test_a_forced_kernel_chooses_the_level_too(kernel: str, level: str) -> None:
     assert done.stdout.strip() == level
 
 
+def test_every_kernel_has_its_level() -> None:
+    """Also those that this CPU cannot run: one that were forgotten would make every elementwise loop slow there."""
+    plain = {"scalar", "neon", "dotprod", "i8mm"}  # compiled for the machine's baseline, as all of aarch64 is
+    wide = {"avx512vnni"}
+    for kernel in _core.isas():
+        expected = "baseline" if kernel in plain else "avx512" if kernel in wide else "avx2"
+        assert _core.level_of(kernel) == expected, kernel
+    assert _core.level() == _core.level_of(_core.isa())
+
+
 def lanes_sum(terms: NDArray[np.float64]) -> float:
     """The written order: element i to lane i mod 32, then the upper half of the lanes to the lower one, and so on."""
     lanes = np.zeros(32)

@@ -520,6 +520,7 @@ LONG = {
     "128 x 127": (("int8", 0), "int8", "symmetric", 127, 0, bound(128, 127)),
     "128 x -127": (("uint8", 128), "int8", "symmetric", -127, 0, bound(128, 127)),
     "255 x 15": (("uint8", 0), "uint4", "asymmetric", 15, 0, bound(255, 15)),
+    "-255 x -15": (("uint8", 255), "uint4", "asymmetric", 0, 15, bound(255, 15)),
 }
 
 
@@ -568,6 +569,21 @@ def test_long_random_sums(dtype: str, mode: str, isa: str) -> None:
 @cache
 def expected_long_sum(spec: Spec, k: int) -> NDArray[np.float32]:
     return expected_float(np.abs(rows(7, 2, k)), weights(spec, 3, k, 1)[1], "dynamic")
+
+
+def test_long_sums_of_int4_columns_with_zero_points_of_their_own(isa: str) -> None:
+    k, zeros, spec = 570_000, np.array([0, 15, 7]), Spec("uint4", "asymmetric")
+    codes = np.random.default_rng(8).integers(0, 16, (3, k)).astype(np.uint8)
+    codes[0], codes[1] = 15, 0  # the largest sum, and the least
+    layer = qn.QuantizedLinear.from_tensor(
+        tensor_of(spec, codes, np.ones(3), zeros), activations=static("uint8", 0, 1.0)
+    )
+    x = np.full((2, k), 255, np.uint8)
+    x[1, ::3] = 1
+    truth = x.astype(np.int64) @ (codes.astype(np.int64) - zeros[:, None]).T
+    assert truth[0, 0] > INT32_MAX and truth[0, 1] < -INT32_MAX
+    assert np.array_equal(layer._accumulate(x, isa=isa), truth)
+    ref.assert_same_bits(layer._forward(x, isa=isa), truth.astype(np.float32))
 
 
 def test_long_groups(isa: str) -> None:

@@ -1247,6 +1247,22 @@ def test_packed_bytes_are_known_before_packing(config: qn.QuantConfig) -> None:
             assert packed_bytes(shape, config, bias is not None, "float") == layer.nbytes
 
 
+def test_a_file_that_is_read_is_not_copied(tmp_path: Path) -> None:
+    """Checking what was read, and unpacking zero points, takes little beside the file's own bytes."""
+    for config in (qn.QuantConfig.int8_per_channel(), qn.QuantConfig.int4_per_group(32).asymmetric()):
+        path = tmp_path / f"{config.dtype}.safetensors"
+        qn.quantize_model({"l.weight": weights(1024, 2048)}, config).save(path)
+        qn.QuantizedModel.load(path)  # what is imported on the way
+        tracemalloc.start()
+        try:
+            model = qn.QuantizedModel.load(path)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert path.stat().st_size < peak < 1.3 * path.stat().st_size
+        assert model.tensor("l").shape == (1024, 2048)
+
+
 def test_a_model_that_packing_would_make_huge_is_neither_saved_nor_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

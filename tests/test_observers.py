@@ -897,17 +897,21 @@ def test_an_axis_from_the_other_end_is_the_same_for_all_batches_or_refused(way: 
         make_observer("min_max", -1).qparams(INT8.per_channel(1))
 
 
-@pytest.mark.parametrize("first", [[[1.0], [np.nan]], [[np.inf], [1.0]], [[np.nan], [-np.inf]]])
+@pytest.mark.parametrize("partial", [[[1.0], [np.nan]], [[np.inf], [1.0]], [[np.nan], [-np.inf]]])
+@pytest.mark.parametrize("when", ["first", "last"])
 @pytest.mark.parametrize("method", [*METHODS, "collector"])
-def test_a_channel_that_has_no_finite_value_at_first_is_as_if_it_came_later(method: str, first: Any) -> None:
+def test_a_batch_without_a_finite_value_of_a_channel_is_none_for_that_channel(
+    method: str, when: str, partial: Any
+) -> None:
     def fresh() -> Observer:
         if method == "collector":
             return CalibrationCollector(0, nonfinite="skip")
         return make_observer(method, 0, nonfinite="skip")
 
-    later = np.array([[3.0, 4.0, 0.0], [-5.0, 7.0, 1.0]])
+    full = np.array([[3.0, 4.0, 0.0], [-5.0, 7.0, 1.0]])
+    batches = [np.array(partial), full] if when == "first" else [full, np.array(partial)]
     apart, together = fresh(), fresh()
-    for batch in (np.array(first), later):
+    for batch in batches:
         together.observe(batch)
         part = fresh()
         part.observe(batch)
@@ -915,7 +919,7 @@ def test_a_channel_that_has_no_finite_value_at_first_is_as_if_it_came_later(meth
     assert_same_state(apart, together)
     for channel in range(2):
         alone = fresh()
-        for batch in (np.array(first), later):
+        for batch in batches:
             if np.isfinite(batch[channel]).any():
                 alone.observe(batch[channel : channel + 1])
         config = INT4.asymmetric().per_channel(0)

@@ -90,15 +90,15 @@ def stream(method: str, axis: int | None, size: int, times: int) -> None:
 
 
 @pytest.mark.parametrize("shape", [(7, 3, 50, 50), (2, 400, 500), (3, 70_000), (70_000, 3), (1, 1), (300_000,)])
-@pytest.mark.parametrize("each", [0, 1 << 12])
-def test_an_array_is_cut_into_all_of_its_values(shape: tuple[int, ...], each: int) -> None:
+@pytest.mark.parametrize(("size", "each"), [(SLAB, 0), (2 * SLAB, 1 << 12)])
+def test_an_array_is_cut_into_all_of_its_values(shape: tuple[int, ...], size: int, each: int) -> None:
     x = np.random.default_rng(0).permutation(np.arange(np.prod(shape), dtype=np.float32)).reshape(shape)
     for axis in (None, *range(x.ndim)):
         for array in (x, np.asfortranarray(x)):
-            rows = list(rows_of(array, axis, each))
+            rows = list(rows_of(array, axis, size, each))
             channels = 1 if axis is None else shape[axis]
             assert all(r.ndim == 2 and len(r) == channels and r.flags.c_contiguous for r in rows)
-            wanted, least = SLAB, 1
+            wanted, least = size if array.flags.c_contiguous else SLAB, 1
             if axis is not None:
                 wanted = min(max(SLAB, channels * each), MOST)
                 least = x.size // max(shape[:axis] + shape[axis + 1 :], default=1)  # one index of what can be cut

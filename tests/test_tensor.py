@@ -214,6 +214,43 @@ def test_rows_are_padded_with_the_zero_point(dtype: str, mode: str, axis: int | 
     ref.assert_same_bits(q.data, ref.pack4(q.codes, dtype, padding))
 
 
+@pytest.mark.parametrize("k", [1, 7, 8, 13, 24])
+def test_the_lowest_int4_code_is_found_wherever_it_is(k: int) -> None:
+    """In a symmetric tensor, which has none: at any place of a row, and not in what pads it."""
+    config = qn.QuantConfig.int4_per_channel()
+    codes = np.random.default_rng(k).integers(-7, 8, (3, k)).astype(np.int8)
+    for at in range(k):
+        changed = codes.copy()
+        changed[1, at] = -8
+        words = ref.pack4(changed, "int4", -8)
+        with pytest.raises(ValueError, match="code -8 is below quant_min -7"):
+            qn.QuantizedTensor(words, np.ones(3, np.float32), np.array(0, np.int8), (3, k), "float32", config)
+    words = ref.pack4(codes, "int4", -8)  # other programs' padding
+    q = qn.QuantizedTensor(words, np.ones(3, np.float32), np.array(0, np.int8), (3, k), "float32", config)
+    ref.assert_same_bits(q.codes, codes)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_scales_of_every_dtype_are_positive_and_finite(dtype: str) -> None:
+    """The bits at both ends of what is allowed, and next to them."""
+    config = qn.QuantConfig.int4_per_channel().with_scale_dtype(dtype)
+    infinity = {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}[dtype]
+    bits = np.uint32 if dtype == "float32" else np.uint16
+    sign = 1 << (8 * np.dtype(bits).itemsize - 1)
+    data = ref.pack4(np.zeros((2, 8), np.int8), "int4")
+
+    def make(pattern: int) -> None:
+        stored = np.array([pattern, infinity // 2], bits)
+        scale = stored if dtype == "bfloat16" else stored.view(dtype)
+        qn.QuantizedTensor(data, scale, np.array(0, np.int8), (2, 8), "float32", config)
+
+    for good in (1, infinity - 1):
+        make(good)
+    for bad in (0, infinity, infinity + 1, sign - 1, sign, sign + 1, sign + infinity, 2 * sign - 1):
+        with pytest.raises(ValueError, match="finite and > 0"):
+            make(bad)
+
+
 def test_int4_takes_half_a_byte() -> None:
     x = np.random.default_rng(0).standard_normal((128, 256)).astype(np.float32)
     q = qn.quantize_tensor(x, qn.QuantConfig.int4_per_group(32))

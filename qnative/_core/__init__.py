@@ -8,7 +8,7 @@ Long loops run without the GIL.
 elementwise   quantize dequantize quantize_float8 dequantize_float8 pack_nibbles unpack_nibbles
 fake_quant    fake_quantize fake_quantize_backward
 floats        encode encode8 decode decode8
-levels        level usable_levels use_level
+levels        level level_of usable_levels use_level
 linear        PackedLinear activate isa isas cpu_features row_ranges scratch_kept
 limits        compute_loops run_compute_loop read_loops run_read_loop move_loops run_move_loop
               read_float32
@@ -26,7 +26,7 @@ from qnative._core.elementwise import (
 )
 from qnative._core.fake_quant import fake_quantize, fake_quantize_backward
 from qnative._core.floats import decode, decode8, encode, encode8
-from qnative._core.levels import level, usable_levels, use_level
+from qnative._core.levels import level, level_of, usable_levels, use_level
 from qnative._core.limits import (
     compute_loops,
     move_loops,
@@ -61,6 +61,7 @@ __all__ = [
     "isa",
     "isas",
     "level",
+    "level_of",
     "min_max",
     "move_loops",
     "pack_nibbles",

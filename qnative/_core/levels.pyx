@@ -39,11 +39,13 @@ def use_level(str name not None):
     return before
 
 
-cdef int level_of(str kernel):
-    # A kernel that QNATIVE_ISA forces holds for everything: a machine without AVX2 is then really simulated.
-    if kernel.startswith("avx512"):
-        return AVX512
-    return AVX2 if kernel in ("avx2", "vnni256") else BASELINE
+# A kernel that QNATIVE_ISA forces holds for everything: a machine without AVX2 is then really simulated.
+cdef dict LEVELS = {"avx2": AVX2, "avxvnni": AVX2, "vnni256": AVX2, "avx512vnni": AVX512}
 
 
-CHOSEN = level_of(isa())
+def level_of(str kernel not None):
+    """Return the name of the level that goes with one of the kernels that `isas` lists."""
+    return NAMES[LEVELS.get(kernel, BASELINE)]
+
+
+CHOSEN = LEVELS.get(isa(), BASELINE)
