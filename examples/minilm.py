@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -275,10 +275,10 @@ def float_contender(path: Path, config: Mapping[str, Any]) -> Contender:
 def quantized_contender(title: str, model: qn.QuantizedModel, config: Mapping[str, Any], file_bytes: int) -> Contender:
     """Put the layers and tables of a quantized model into the encoder."""
     watch = Stopwatch()
-    linears = {name: watch.around(cast(Linear, model[name])) for name in model.names("linear")}
+    linears = {name: watch.around(model[name]) for name in model.names("linear")}
     # Only the rows that are looked up are ever decoded.
-    tables = {name: cast(Lookup, cast(qn.QuantizedTensor, model[name]).take) for name in model.names("tensor")}
-    norms = {name: cast(Array, model[name]) for name in model.names("untouched")}
+    tables = {name: model[name].take for name in model.names("tensor")}
+    norms = {name: model[name] for name in model.names("untouched")}
     return Contender(title, Encoder(linears, tables, norms, config), watch, file_bytes)
 
 

@@ -121,7 +121,7 @@ class QuantizedModel(Mapping[str, Any]):
 
     # Looking things up
 
-    def __getitem__(self, name: str) -> QuantizedLinear | QuantizedTensor | NDArray[Any]:
+    def __getitem__(self, name: str) -> Any:  # which of the three, whoever knows the model knows
         weight = self._weights.get(name)
         if weight is None:
             return self._stored(name).value()
