@@ -160,14 +160,14 @@ def packed_bytes(
 
 
 def check_packing(weights: Mapping[str, Weight], untouched: Mapping[str, Stored], size: int, factor: int) -> None:
-    """Refuse a model that would take more than `factor` times its file's size + 16 MiB, all layers packed.
+    """Refuse a model that would take more than `factor` times its file's size + 16 MiB while its layers are packed.
 
     Raises
     ------
     ValueError
         Naming the layer that grows the most.
     """
-    total, most, largest = sum(s.array.nbytes for s in untouched.values()), 0, ""
+    total, most, largest, meanwhile = sum(s.array.nbytes for s in untouched.values()), 0, "", 0
     for name, weight in weights.items():
         stats, bias = weight.stats, weight.bias
         total += 0 if bias is None else bias.array.nbytes
@@ -176,9 +176,14 @@ def check_packing(weights: Mapping[str, Weight], untouched: Mapping[str, Stored]
             continue
         packed = packed_bytes(stats.shape, stats.config, bias is not None, weight.activations)
         total += packed
+        # While a layer is packed, there are a scale and a zero point a group too, and uint8's codes as signed ones.
+        rows, columns = stats.shape
+        groups = max(1, -(-columns // (stats.config.group_size or max(columns, 1))))
+        meanwhile = max(meanwhile, rows * (5 * groups + (columns if stats.config.dtype == "uint8" else 0)))
         if packed - stats.bytes_after > most:
             most, largest = packed - stats.bytes_after, name
     limit = factor * size + _SLACK
+    total += meanwhile
     if total > limit:
         stats = weights[largest].stats
         raise ValueError(

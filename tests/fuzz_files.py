@@ -324,15 +324,18 @@ class Judge:
                 self.checkpoint(path, len(content))
             if self.counts["files"] % COMMANDS == 0:
                 self.command(path)
-            if trace:
-                peak = tracemalloc.get_traced_memory()[1]
-                assert peak <= (16 if is_json else 2) * len(content) + 16 * MIB, (
-                    f"{peak} bytes for a file of {len(content)}"
-                )
-                self.most_traced = max(self.most_traced, peak)
+            self.traced(len(content), is_json)
         finally:
-            if trace:
-                tracemalloc.stop()
+            tracemalloc.stop()
+
+    def traced(self, size: int, is_json: bool) -> None:
+        """Judge what was allocated so far, if that is traced, and trace no more."""
+        if not tracemalloc.is_tracing():
+            return
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak <= (16 if is_json else 2) * size + 16 * MIB, f"{peak} bytes for a file of {size}"
+        self.most_traced = max(self.most_traced, peak)
 
     def json_container(self, path: str, content: bytes) -> None:
         try:
@@ -397,6 +400,9 @@ class Judge:
             self.counts["models refused"] += 1
             return
         self.counts["models loaded"] += 1
+        for name in model.names("linear"):
+            model[name]  # packed, which the limit includes; what calls and saving take is another matter
+        self.traced(os.path.getsize(path), path.endswith(".json"))
         try:
             qn.QuantizedModel.verify(path)
             self.counts["models verified"] += 1

@@ -1291,6 +1291,27 @@ def test_a_model_that_packing_would_make_huge_is_neither_saved_nor_loaded(
     assert not (tmp_path / "n.json").exists() and len(os.listdir(tmp_path)) == 2
 
 
+def test_what_packing_takes_meanwhile_counts_too(tmp_path: Path) -> None:
+    """Rows of no elements take 16 bytes each when packed, and 5 more until they are."""
+    for rows, fits in ((1 << 20, False), (700_000, True)):
+        q = qn.QuantizedTensor(
+            np.empty((rows, 0), np.int8), np.float32([1]).reshape(()), np.zeros((), np.int8), (rows, 0), "float32",
+            qn.QuantConfig.int8(),
+        )  # fmt: skip
+        model, path = qn.QuantizedModel({"a": qn.QuantizedLinear.from_tensor(q)}), tmp_path / "m.safetensors"
+        if not fits:
+            with pytest.raises(ValueError, match="a: packing grows"):
+                model.save(path)
+            continue
+        model.save(path)
+        tracemalloc.start()
+        try:
+            assert qn.QuantizedModel.load(path)["a"].out_features == rows
+            assert tracemalloc.get_traced_memory()[1] <= 2 * path.stat().st_size + (16 << 20)
+        finally:
+            tracemalloc.stop()
+
+
 @pytest.mark.parametrize("config", [qn.QuantConfig.int8_per_channel(), qn.QuantConfig.int4_per_group(64)], ids=str)
 def test_loading_stays_within_twice_the_file(config: qn.QuantConfig, tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
