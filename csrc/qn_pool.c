@@ -174,14 +174,15 @@ static void sleep_until_woken(uint32_t last) {
     pthread_mutex_unlock(&pool.mutex);
 }
 
-/* Linux lets a thread be named by the one that makes it: it has its name as soon as it is there. Elsewhere it names itself. */
+/* A thread names itself before it does anything; where another may name it, so does the one that makes it, and it has its name
+ * as soon as it is there. */
 static void set_name(pthread_t thread, int number) {
-    char name[16];
+    char name[20]; /* of which Linux takes 15 */
     snprintf(name, sizeof name, "qnative-%d", number);
 #if defined(__APPLE__)
     if (pthread_equal(thread, pthread_self())) pthread_setname_np(name);
 #elif defined(__linux__)
-    if (!pthread_equal(thread, pthread_self())) pthread_setname_np(thread, name);
+    pthread_setname_np(thread, name);
 #else
     (void)thread;
 #endif
