@@ -265,7 +265,7 @@ cdef inlined sweep(Task *t, bint is8, Pass kind, bint fused) noexcept nogil:
                 forward_spans(x, out, w.count, s, z, t, is8, False, False, True, &top)
             elif not w.step:
                 forward_spans(x, out, w.count, s, z, t, is8, False, False, False, &top)
-            elif t.one_zero:
+            elif is8 or t.one_zero:  # float8 has none
                 forward_spans(x, out, w.count, s, z, t, is8, True, False, False, &top)
             else:
                 forward_spans(x, out, w.count, s, z, t, is8, True, True, False, &top)
@@ -276,7 +276,7 @@ cdef inlined sweep(Task *t, bint is8, Pass kind, bint fused) noexcept nogil:
             ds = &t.ds[w.scale]
         if kind == DX_DS_DZ:
             dz = &t.dz[w.scale]
-        if w.step and t.one_zero:
+        if w.step and (is8 or t.one_zero):
             backward_lanes(x, dy, out, w.count, s, z, t, is8, True, False, kind, ds, dz)
         elif w.step:
             backward_lanes(x, dy, out, w.count, s, z, t, is8, True, True, kind, ds, dz)
