@@ -59,6 +59,16 @@ def checkpoint() -> dict[str, NDArray[Any]]:
     }
 
 
+def load_traced(path: Path) -> tuple[qn.QuantizedModel, int]:
+    """A model, and the most memory that was held while it was loaded."""
+    tracemalloc.start()
+    try:
+        model = qn.QuantizedModel.load(path)
+        return model, tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
 def same_tensor(a: qn.QuantizedTensor, b: qn.QuantizedTensor) -> None:
     assert (a.shape, a.dtype, a.config) == (b.shape, b.dtype, b.config)
     for x, y in ((a.data, b.data), (a.scale_data, b.scale_data), (a.zero_point, b.zero_point)):
@@ -1253,12 +1263,7 @@ def test_a_file_that_is_read_is_not_copied(tmp_path: Path) -> None:
         path = tmp_path / f"{config.dtype}.safetensors"
         qn.quantize_model({"l.weight": weights(1024, 2048)}, config).save(path)
         qn.QuantizedModel.load(path)  # what is imported on the way
-        tracemalloc.start()
-        try:
-            model = qn.QuantizedModel.load(path)
-            peak = tracemalloc.get_traced_memory()[1]
-        finally:
-            tracemalloc.stop()
+        model, peak = load_traced(path)
         assert path.stat().st_size < peak < 1.3 * path.stat().st_size
         assert model.tensor("l").shape == (1024, 2048)
 
@@ -1316,12 +1321,7 @@ def test_what_packing_takes_meanwhile_counts_too(tmp_path: Path) -> None:
 def test_loading_stays_within_twice_the_file(config: qn.QuantConfig, tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     qn.quantize_model({"a.weight": weights(1 << 18, 64), "b.weight": weights(1 << 16, 128)}, config).save(path)
-    tracemalloc.start()
-    try:
-        model = qn.QuantizedModel.load(path)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
+    model, peak = load_traced(path)
     assert len(model) == 2 and peak <= 2 * path.stat().st_size + (1 << 20)
 
 
