@@ -101,7 +101,9 @@ sanitize: $(BUILT) $(VENV)/.stamp-test
 	mkdir -p $(SANITIZED)
 	cp -R setup.py pyproject.toml *.md LICENSE Makefile .ci csrc qnative tests benchmarks examples docs $(SANITIZED)/
 	find $(SANITIZED) -name '*.so' -delete
-	$(BIN)/python -m pip install --quiet Cython setuptools
+	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' \
+	    > $(VENV)/requirements-build.txt
+	$(BIN)/python -m pip install --quiet --requirement $(VENV)/requirements-build.txt
 	cd $(SANITIZED) && QNATIVE_SANITIZE=1 $(abspath $(BIN))/python setup.py --quiet build_ext --inplace
 	cd $(SANITIZED) && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so.6)" PYTHONMALLOC=malloc \
 	    PYTHONPATH=. HYPOTHESIS_PROFILE=short \
