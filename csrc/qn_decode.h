@@ -62,31 +62,39 @@ QN_INLINE VF decode_float8(VU code, qn_format format) {
     return vf_bits(vu_bits(value) | ((code & vu_splat(0x80)) << 24));
 }
 
+/* A vector of a panel's scales. */
+QN_INLINE VF load_scales(const qn_scale kind, const uint8_t *scales, int64_t at) {
+    if (kind == QN_SCALE_FLOAT32) return vf_load((const float *)(const void *)scales + at);
+    VU narrow = vu_load_u16((const uint16_t *)(const void *)scales + at);
+    if (kind == QN_SCALE_BFLOAT16) return vf_bits(narrow << 16);
+    return vf_bits(narrow << 13) * vf_splat(0x1p112f);
+}
+
 /* The scales of a vector of columns, from column n of a panel on. */
 QN_INLINE VF scale_of_columns(const qn_weights *w, const uint8_t *panel, int n, int64_t g) {
-    int64_t at = g * QN_NR + n;
-    if (w->scale == QN_SCALE_FLOAT32) return vf_load((const float *)(const void *)(panel + w->scale_at) + at);
-    VU narrow = vu_load_u16((const uint16_t *)(const void *)(panel + w->scale_at) + at);
-    if (w->scale == QN_SCALE_BFLOAT16) return vf_bits(narrow << 16);
-    return vf_bits(narrow << 13) * vf_splat(0x1p112f);
+    return load_scales(w->scale, panel + w->scale_at, g * QN_NR + n);
 }
 
 static const uint32_t nibble_shifts[QN_NR] = {0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28};
 
-/* Their zero points. */
+/* A vector of zero points, from column n on, of a group's nibbles. */
+QN_INLINE VU load_zeros(const uint8_t *nibbles, int n) {
+#if QN_W == 16
+    (void)n;
+    return (vu_splat_halves(nibbles) >> vu_load(nibble_shifts)) & vu_splat(15);
+#else
+    uint32_t eight;
+    memcpy(&eight, nibbles + n / 8 * 4, sizeof eight);
+    return (vu_splat(eight) >> vu_load(nibble_shifts + n % 8)) & vu_splat(15);
+#endif
+}
+
+/* The zero points of a vector of columns. */
 QN_INLINE VU zero_of_columns(const qn_weights *w, const uint8_t *panel, int n, int64_t g) {
     if (w->format != QN_INT4)
         return w->asymmetric ? vu_load((const uint32_t *)(const void *)(panel + w->zero_at) + g * QN_NR + n) : vu_splat(0);
     if (w->one_zero >= 0) return vu_splat((uint32_t)w->one_zero);
-    uint32_t nibbles[2]; /* of columns 0..7, 8..15 */
-    memcpy(nibbles, panel + w->zero_at + g * sizeof nibbles, sizeof nibbles);
-#if QN_W == 16 /* both halves */
-    static const uint32_t first_half[QN_NR] = {15, 15, 15, 15, 15, 15, 15, 15}, last_half[QN_NR] = {0, 0, 0, 0, 0, 0, 0, 0, 15, 15, 15, 15, 15, 15, 15, 15};
-    VU shift = vu_load(nibble_shifts);
-    return ((vu_splat(nibbles[0]) >> shift) & vu_load(first_half)) | ((vu_splat(nibbles[1]) >> shift) & vu_load(last_half));
-#else
-    return (vu_splat(nibbles[n / 8]) >> vu_load(nibble_shifts + n % 8)) & vu_splat(15);
-#endif
+    return load_zeros(panel + w->zero_at + g * QN_NR / 2, n);
 }
 
 /* What the columns of a vector have in common in a group. */

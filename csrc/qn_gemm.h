@@ -136,10 +136,11 @@ typedef struct {
     const float *row_scale;      /* [rows] */
     const float *before;         /* [rows][QN_TILE_COLS], what the products are added to, to give */
     float *sum;                  /* [rows][QN_TILE_COLS]; `before` itself but for the first groups */
-    /* What will be unpacked next: `ask` bytes a group from `ahead` on, and from `ahead_apart` bytes on for the next panel. */
+    /* What will be unpacked next: `ask` bytes in each of the first `asking` groups, from `ahead` on, and from `ahead_apart` bytes on
+     * for the next panel. */
     const uint8_t *ahead;
     int64_t ahead_apart;
-    int32_t ask;
+    int32_t ask, asking;
 } qn_group_tile;
 
 /* An instruction set's operations. Tiles are written as [rows][QN_TILE_COLS]. */
@@ -170,14 +171,14 @@ typedef struct {
     void (*tile_int4)(int rows, int panels, int64_t k, const uint8_t *a, int64_t a_stride, const uint8_t *b,
                       int64_t panel_bytes, int32_t *acc);
     /* Int8 and int4 weights with small groups (of at most QN_PAIR_GROUP). `unpack_groups` unpacks groups [first, first +
-     * groups) of a panel: a k-step of codes is 64 bytes, as int8's, and the next is `step` bytes on; int4's are 0..15. A group's
-     * terms are its scales, float [16], and pairs of int16 [16]: minus the sum of codes, and times 2^16 minus the zero point.
-     * The rows' pairs are a row's zero point and, times 2^16, its sum of codes less the zero points: one multiply-add of pairs
-     * takes both corrections off. `tile_groups` adds the groups' products in ascending order, rows up to group_rows by
+     * groups) of panels [panel, panel + panels): a k-step of codes is 64 bytes a panel, as int8's; int4's are 0..15. A group's
+     * terms, of each panel, are its scales, float [16], and pairs of int16 [16]: the sum of codes and, times 2^16, the zero point.
+     * The rows' pairs are minus a row's zero point and, times 2^16, minus its sum of codes less the zero points: one multiply-add
+     * of pairs takes both corrections off. `tile_groups` adds the groups' products in ascending order, rows up to group_rows by
      * panels up to group_panels. May be NULL. */
     int32_t group_rows, group_panels;
-    void (*unpack_groups)(const qn_weights *w, const uint8_t *panel, int64_t first, int64_t groups, uint8_t *codes, int64_t step,
-                          uint8_t *terms, int64_t term_step);
+    void (*unpack_groups)(const qn_weights *w, int64_t panel, int panels, int64_t first, int64_t groups, uint8_t *codes,
+                          uint8_t *terms);
     void (*tile_groups)(const qn_group_tile *t);
     /* Make of a panel of int4 weights one of `to`, which is int8 without zero points: they are taken off the codes, which then
      * are -15..15. May be NULL. */

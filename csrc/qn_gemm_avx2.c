@@ -4,7 +4,7 @@
  * (the 8-bit vpmaddubsw would saturate). Activations are stored as 16-bit codes, so that only the weights are widened
  * in the loop, once for all rows of a tile.
  */
-#include "qn_gemm.h"
+#include "qn_around_avx2.h"
 #include "qn_float_vector.h"
 
 #if defined(__x86_64__)
@@ -22,6 +22,8 @@
 #include "qn_vector_avx2.h"
 
 #include "qn_tile.h"
+
+#include "qn_rows.h"
 
 /* Four columns' k-step of weights, 16 bytes, as 16-bit words: | n0: k0 k1 k2 k3 | n1: ... | n2 | n3 | */
 QN_INLINE __m256i widen_signed(const uint8_t *p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p)); }
@@ -313,9 +315,9 @@ static int usable(void) { return qn_cpu_features()->avx2 && qn_cpu_features()->f
 const qn_kernel qn_kernel_avx2 = {
     .name = "avx2", .layer_rows = LAYER_ROWS, .layer_panels = {0, 3, 3, 3, 3, 3, 3, 3, 3},
     .layer_tile = layer_tile, .usable = usable, .a_bytes = QN_A_BYTES, .rate = 75, .float_rate = 40, .rows = 6, .panels = 3, .float_rows = 6, .float_panels = 1, .direct_rows = 6, .direct_most = 6,
-    .quantize_rows = quantize_rows, .range = finite_range, .quantize_values = quantize_values, .tile_int8 = tile_int8, .tile_int4 = tile_int4,
-    .group_rows = 6, .group_panels = 1, .unpack_groups = unpack_groups, .unpack_panel = unpack_panel, .tile_groups = tile_groups, .tile_float = qn_avx2_tile_float,
-    .float_direct = qn_avx2_float_direct, .decode = qn_avx2_decode, .epilogue = epilogue,
+    .quantize_rows = quantize_rows, .range = qn_avx2_finite_range, .quantize_values = qn_avx2_quantize_values, .tile_int8 = tile_int8, .tile_int4 = tile_int4,
+    .group_rows = 6, .group_panels = 1, .unpack_groups = qn_avx2_unpack_groups, .unpack_panel = qn_avx2_unpack_panel, .tile_groups = tile_groups, .tile_float = qn_avx2_tile_float,
+    .float_direct = qn_avx2_float_direct, .decode = qn_avx2_decode, .epilogue = qn_avx2_epilogue,
 };
 #else
 typedef int qn_gemm_avx2_is_for_x86_64; /* a translation unit may not be empty */

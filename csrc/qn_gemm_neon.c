@@ -39,6 +39,10 @@ QN_PUSH(QN_TARGET)
 
 #include "qn_tile.h"
 
+#include "qn_range.h"
+#include "qn_rows.h"
+#include "qn_epilogue.h"
+
 enum { PANEL_VECTORS = QN_NR / QN_W, HALF = PANEL_VECTORS / 2, TILE_ROWS = QN_TILE_ROWS };
 
 /* The weights of vector v of a tile: a k-step of int8, two of int4 as nibbles. */

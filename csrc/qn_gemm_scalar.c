@@ -53,6 +53,10 @@ static inline VU vu_load_u16(const uint16_t *p) { return *p; }
 
 #include "qn_tile.h"
 
+#include "qn_range.h"
+#include "qn_rows.h"
+#include "qn_epilogue.h"
+
 static void tile_int8(int rows, int panels, int64_t k, const uint8_t *a, int64_t a_stride, const uint8_t *b,
                       int64_t panel_bytes, int32_t *acc) {
     for (int m = 0; m < rows; m++) {

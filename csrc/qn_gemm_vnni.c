@@ -23,6 +23,10 @@
 
 #include "qn_tile.h"
 
+#include "qn_range.h"
+#include "qn_rows.h"
+#include "qn_epilogue.h"
+
 /* A row's k-step, four codes, to every column. */
 QN_INLINE __m512i broadcast_step(const uint8_t *p) {
     int32_t step;
@@ -221,7 +225,7 @@ static void tile_int4(int rows, int panels, int64_t k, const uint8_t *a, int64_t
 #undef CASE
 }
 
-#include "qn_groups_tile.h"
+#include "qn_unpack.h"
 
 #include "qn_groups_avx512.h"
 

@@ -4,7 +4,7 @@
  * AVX-512), for which qn_gemm_avxvnni.c includes this file. A tile is 6 rows by 16 columns: 12 accumulators, two vectors
  * of weights and a broadcast leave one of the sixteen registers that both have.
  */
-#include "qn_gemm.h"
+#include "qn_around_avx2.h"
 #include "qn_float_vector.h"
 
 #if defined(__x86_64__) && (!defined(QN_VEX) || __GNUC__ >= 11)
@@ -179,9 +179,9 @@ const qn_kernel KERNEL = {
 #endif
     .usable = usable, .a_bytes = QN_A_BYTES, .rate = 200, .float_rate = 40, .rows = 6, .panels = 3, .float_rows = 6, .float_panels = 1, .direct_rows = 6, .direct_most = 6,
     .layer_rows = 6, .layer_panels = {0, 4, 2, 1, 1, 1, 1}, .layer_tile = layer_tile,
-    .quantize_rows = quantize_rows, .range = finite_range, .quantize_values = quantize_values, .tile_int8 = tile_int8, .tile_int4 = tile_int4,
-    .group_rows = 6, .group_panels = 1, .unpack_groups = unpack_groups, .unpack_panel = unpack_panel, .tile_groups = tile_groups, .tile_float = qn_avx2_tile_float,
-    .float_direct = qn_avx2_float_direct, .decode = qn_avx2_decode, .epilogue = epilogue,
+    .quantize_rows = qn_avx2_quantize_rows, .range = qn_avx2_finite_range, .quantize_values = qn_avx2_quantize_values, .tile_int8 = tile_int8, .tile_int4 = tile_int4,
+    .group_rows = 6, .group_panels = 1, .unpack_groups = qn_avx2_unpack_groups, .unpack_panel = qn_avx2_unpack_panel, .tile_groups = tile_groups, .tile_float = qn_avx2_tile_float,
+    .float_direct = qn_avx2_float_direct, .decode = qn_avx2_decode, .epilogue = qn_avx2_epilogue,
 };
 #else
 typedef int qn_gemm_vnni256_is_for_x86_64; /* a translation unit may not be empty */

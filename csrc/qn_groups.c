@@ -26,29 +26,38 @@ void qn_pair_sums(const qn_call *c, const qn_rows *rows) {
     for (int64_t g = 0; g < w->groups; g++) {
         int32_t k = (int32_t)qn_min64(w->group, w->k - g * w->group), *sum = rows->sum + g * rows->sum_group;
         for (int64_t i = 0; i < rows->count; i++, sum += rows->sum_row)
-            *sum = (int32_t)((uint32_t)rows->zero[i] | (uint32_t)(*sum - k * rows->zero[i]) << 16);
+            *sum = (int32_t)(((uint32_t)-rows->zero[i] & 0xFFFFu) | (uint32_t)(k * rows->zero[i] - *sum) << 16);
     }
 }
 
-/* Codes that are unpacked after those of [g, g + groups) of panels [panel, panel + panels): the same panels' next groups, or
- * the first ones of the next panels. */
-static const uint8_t *codes_ahead(const qn_weights *w, int64_t panel, int panels, int64_t last, int64_t g) {
-    int64_t code_bits = w->format == QN_INT4 ? 4 : 8;
-    const uint8_t *codes = w->data + w->codes_at;
-    if (g < w->groups) return codes + panel * w->panel_bytes + g * w->group_k * QN_NR * code_bits / 8;
-    return panel + panels < last ? codes + (panel + panels) * w->panel_bytes : 0;
+/* Ask for the lines from p to end. */
+static inline void ask_for(const uint8_t *p, const uint8_t *end, const int to_write) {
+#ifdef __GNUC__
+    for (; p < end; p += 64) {
+        if (to_write)
+            __builtin_prefetch(p, 1);
+        else
+            __builtin_prefetch(p);
+    }
+#else
+    (void)p, (void)end, (void)to_write;
+#endif
 }
 
-/* Ask for the lines of y that a tile will write. */
+/* For those of y that a tile will write. */
 static void ask_for_outputs(const qn_call *c, const qn_rows *rows, int64_t row, int count, int64_t panel, int panels) {
-#ifdef __GNUC__
-    int64_t bytes = c->output == QN_OUTPUT_FLOAT32 ? 4 : 1, end = qn_min64((panel + panels) * QN_NR, c->w->n) * bytes;
+    int64_t bytes = c->output == QN_OUTPUT_FLOAT32 ? 4 : 1, end = qn_min64((panel + panels) * QN_NR, c->w->n);
     const uint8_t *y = (const uint8_t *)c->y + (rows->first + row) * c->y_stride;
-    for (int r = 0; r < count; r++, y += c->y_stride)
-        for (int64_t at = panel * QN_NR * bytes; at < end; at += 64) __builtin_prefetch(y + at, 1);
-#else
-    (void)c, (void)rows, (void)row, (void)count, (void)panel, (void)panels;
-#endif
+    for (int r = 0; r < count; r++, y += c->y_stride) ask_for(y + panel * QN_NR * bytes, y + end * bytes, 1);
+}
+
+/* For int4's scales and zero points of groups [g, g + groups). */
+static void ask_for_terms(const qn_weights *w, const uint8_t *panel, int panels, int64_t g, int64_t groups) {
+    int64_t scales = QN_NR * (w->scale == QN_SCALE_FLOAT32 ? 4 : 2), zeros = w->one_zero < 0 ? QN_NR / 2 : 0;
+    for (int p = 0; p < panels; p++, panel += w->panel_bytes) {
+        ask_for(panel + w->scale_at + g * scales, panel + w->scale_at + (g + groups) * scales, 0);
+        ask_for(panel + w->zero_at + g * zeros, panel + w->zero_at + (g + groups) * zeros, 0);
+    }
 }
 
 /* Totals of no groups yet: -0 + x is x, for every x. */
@@ -65,13 +74,17 @@ static void groups_of_panels(const qn_kernel *kernel, const qn_call *c, const qn
     uint8_t *codes = scratch, *terms = codes + code_bytes(w);
     float *sums = (float *)(void *)(terms + term_bytes(w));
     partition tiles = cut_evenly(rows->count, (rows->count + kernel->group_rows - 1) / kernel->group_rows);
+    /* Divided here, once: a division takes as long as a product of a tile with a group. */
+    int64_t most = groups_of_piece(w), group_bytes = w->group_k * QN_NR * (w->format == QN_INT4 ? 4 : 8) / 8;
+    int64_t share = qn_round_up(group_bytes * most / tiles.parts, 64), ask = qn_round_up(share / most, 64), asking = (share + ask - 1) / ask;
     for (int64_t g = 0, groups; g < w->groups; g += groups) {
-        groups = qn_min64(groups_of_piece(w), w->groups - g);
-        for (int p = 0; p < panels; p++)
-            kernel->unpack_groups(w, w->data + (panel + p) * w->panel_bytes, g, groups, codes + p * 64, panels * 64,
-                                  terms + p * QN_TERM_BYTES, panels * QN_TERM_BYTES);
-        const uint8_t *ahead = codes_ahead(w, panel, panels, last, g + groups);
-        int64_t share = qn_round_up(w->group_k * QN_NR * (w->format == QN_INT4 ? 4 : 8) / 8 * groups / tiles.parts, 64);
+        groups = qn_min64(most, w->groups - g);
+        kernel->unpack_groups(w, panel, panels, g, groups, codes, terms);
+        /* What is unpacked next: the same panels' next groups, or the next panels' first ones. */
+        int ends = g + groups == w->groups, more = !ends || panel + panels < last;
+        const uint8_t *next = w->data + (ends ? panel + panels : panel) * w->panel_bytes;
+        int64_t next_g = ends ? 0 : g + groups;
+        if (more && w->format == QN_INT4) ask_for_terms(w, next, panels, next_g, qn_min64(most, w->groups - next_g));
         for (int64_t t = 0, row = 0; t < tiles.parts; row += part_size(&tiles, t++)) {
             int count = (int)part_size(&tiles, t);
             float *sum = sums + row * QN_TILE_COLS;
@@ -80,9 +93,9 @@ static void groups_of_panels(const qn_kernel *kernel, const qn_call *c, const qn
                 .a = rows->a + row * rows->a_stride + g * w->group_k * kernel->a_bytes, .a_stride = rows->a_stride, .codes = codes, .terms = terms,
                 .pairs = rows->sum + row * rows->sum_row + g * rows->sum_group, .pairs_stride = rows->sum_group,
                 .row_scale = rows->scale + row, .before = g == 0 ? nothing : sum, .sum = sum,
-                .ahead = ahead ? ahead + t * share : 0, .ahead_apart = w->panel_bytes, .ask = ahead ? (int32_t)qn_round_up(share / groups, 64) : 0,
+                .ahead = more ? next + w->codes_at + next_g * group_bytes + t * share : 0, .ahead_apart = w->panel_bytes,
+                .ask = (int32_t)ask, .asking = more ? (int32_t)asking : 0,
             };
-            int ends = g + groups == w->groups;
             if (ends) ask_for_outputs(c, rows, row, count, panel, panels);
             kernel->tile_groups(&tile);
             if (ends) kernel->epilogue(c, rows, row, count, panel, panels, w->groups - 1, 0, 0, sum);

@@ -22,7 +22,7 @@ QN_INLINE void tile_groups_fixed(const int R, const int P, const qn_group_tile *
     VU sum[QN_TILE_ROWS][COLUMN_VECTORS];
     row_pointers rows = pointers_of_rows(t->a, t->a_stride);
     const uint8_t *codes = t->codes, *terms = t->terms;
-    const int32_t *pairs = t->pairs, pairs_stride = (int32_t)t->pairs_stride, ask = t->ask;
+    const int32_t *pairs = t->pairs, pairs_stride = (int32_t)t->pairs_stride;
     const float *row_scale = t->row_scale;
     const uint8_t *ahead = t->ahead;
     const int64_t apart = t->ahead_apart, group_k = t->group_k;
@@ -34,9 +34,9 @@ QN_INLINE void tile_groups_fixed(const int R, const int P, const qn_group_tile *
         for (int p = 0; p < P; p++) sum[r][p] = vu_splat(0);
     for (int64_t g = t->groups; g > 0; g--, terms += P * QN_TERM_BYTES, pairs += pairs_stride) {
         int64_t k = group_k;
-        for (const uint8_t *stop = ahead + ask; ahead < stop; ahead += 64)
+        for (const uint8_t *stop = ahead + (g > t->groups - t->asking ? t->ask : 0); ahead < stop; ahead += 64)
 #pragma GCC unroll 3
-            for (int p = 0; p < P; p++) _mm_prefetch((const char *)ahead + p * apart, _MM_HINT_T1);
+            for (int p = 0; p < P; p++) _mm_prefetch((const char *)ahead + p * apart, _MM_HINT_T0);
         for (; k >= 32; k -= 32, codes += 8 * P * 64, rows.a[0] += 32, rows.a[1] += 32)
             multiply_steps(8, R, P, sum, &rows, codes);
         for (; k > 0; k -= 8, codes += 2 * P * 64, rows.a[0] += 8, rows.a[1] += 8)
@@ -106,8 +106,8 @@ QN_INLINE VF row_of_groups(const qn_call *c, const qn_rows *rows, int64_t row, c
             for (int i = 0; i < 4; i++) row_steps(&sums, a + 8 * i, b + 64 * i);
         for (; k > 0; k -= 8, a += 8, b += 64) row_steps(&sums, a, b);
         if (w->one_zero < 0) zero = high_zeros(zeros + g * QN_NR / 2);
-        __m512i less = _mm512_madd_epi16(_mm512_or_si512((__m512i)sums.codes, zero), _mm512_set1_epi32(*pairs));
-        VF value = _mm512_cvtepi32_ps(_mm512_sub_epi32((__m512i)(sums.even + sums.odd), less));
+        __m512i sum = (__m512i)(sums.even + sums.odd), terms = _mm512_or_si512((__m512i)sums.codes, zero);
+        VF value = _mm512_cvtepi32_ps(_mm512_dpwssd_epi32(sum, terms, _mm512_set1_epi32(*pairs)));
         total = total + value * (row_scale * scale_of_columns(w, panel, 0, g));
     }
     return total;

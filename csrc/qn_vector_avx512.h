@@ -16,6 +16,12 @@ static inline VU vu_load(const uint32_t *p) { return (VU)_mm512_loadu_si512(p); 
 static inline void vu_store(uint32_t *p, VU v) { _mm512_storeu_si512(p, (__m512i)v); }
 static inline VF vf_splat(float x) { return _mm512_set1_ps(x); }
 static inline VU vu_splat(uint32_t x) { return (VU)_mm512_set1_epi32((int)x); }
+static inline VU vu_splat_halves(const uint8_t *p) {
+    __m512i both;
+    __asm__("vpbroadcastd %1, %0" : "=v"(both) : "m"(*(const uint8_t(*)[4])p));
+    __asm__("vpbroadcastd %1, %0%{%2%}" : "+v"(both) : "m"(*(const uint8_t(*)[4])(p + 4)), "Yk"((__mmask16)0xFF00));
+    return (VU)both;
+}
 static inline VF vf_rint(VF x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 static inline VF vf_abs(VF x) { return _mm512_abs_ps(x); }
 static inline VF vf_min(VF a, VF b) { return _mm512_min_ps(a, b); }

@@ -1,4 +1,4 @@
-/* Is fl(t + e r), with r = fl(1 / s), t = fl(x r) and e = fl(x - t s), always fl(x / s)? (csrc/qn_tile.h divides so.)
+/* Is fl(t + e r), with r = fl(1 / s), t = fl(x r) and e = fl(x - t s), always fl(x / s)? (csrc/qn_quantize.h divides so.)
  *
  * Before it is rounded, t + e r differs from x / s by little, so that both round to the same float unless the middle M 2^-24
  * between two floats lies as near. With S and X the significands as integers, 2^23 <= S < 2^24, and X doubled where it is less
