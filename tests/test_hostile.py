@@ -191,6 +191,44 @@ def test_an_axis_of_any_integer_type() -> None:
         same([qn.quantize(PLAIN, scale, axis=axis)], [qn.quantize(PLAIN, scale, axis=1)])
 
 
+def trained_into(step: int, out: Any) -> Any:
+    fake = qn.FakeQuantize(qn.FakeQuantConfig(qn.QuantConfig.int8(), observer="min_max"))
+    return fake(PLAIN, out=out) if step == 0 else (fake(PLAIN), fake.backward(PLAIN + 1, out=out))[1]
+
+
+#: Every public function that writes to an array of the caller's, with the dtype that it writes.
+WRITERS: dict[str, tuple[type, Callable[[Any], Any]]] = {
+    "quantize": (np.int8, lambda out: qn.quantize(PLAIN, 0.02, out=out)),
+    "dequantize": (np.float32, lambda out: qn.dequantize(CODES, 0.1, out=out)),
+    "fake_quantize": (np.float32, lambda out: qn.fake_quantize(PLAIN, 0.02, out=out)),
+    "encode": (np.uint8, lambda out: qn.encode(PLAIN, "float8_e4m3fn", out=out)),
+    "decode": (np.float32, lambda out: qn.decode(CODES.view(np.uint8), "float8_e4m3fn", out=out)),
+    "FakeQuantize": (np.float32, lambda out: trained_into(0, out)),
+    "backward": (np.float32, lambda out: trained_into(1, out)),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_out_of_a_subclass_is_written_to_as_a_plain_one(writer: str) -> None:
+    dtype, write = WRITERS[writer]
+    expected = write(None)
+    for kind in (np.matrix, np.memmap, np.ndarray):
+        out = np.zeros((ROWS, COLUMNS), dtype).view(kind)
+        assert write(out) is out
+        same([np.asarray(out)], [expected])
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_out_that_would_hide_the_result_is_refused(writer: str) -> None:
+    dtype, write = WRITERS[writer]
+    with pytest.raises(TypeError, match="out is a masked array"):
+        write(np.ma.MaskedArray(np.zeros((ROWS, COLUMNS), dtype), PLAIN > 0))
+
+
+def test_noise_without_bounds() -> None:
+    assert qn.sqnr(PLAIN, np.full_like(PLAIN, np.inf)) == -np.inf
+
+
 @pytest.mark.parametrize("shape", [(0, COLUMNS), (0, 0, COLUMNS), (3, 0, COLUMNS)])
 @pytest.mark.parametrize("form", LAYERS)
 def test_no_rows(form: str, shape: tuple[int, ...]) -> None:
