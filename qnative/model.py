@@ -246,7 +246,11 @@ class QuantizedModel(Mapping[str, Any]):
         for name, weight in self._weights.items():
             tensors += encode_layer(name, weight)
         write, factor = (write_json, _JSON_FACTOR) if suffix == ".json" else (write_safetensors, _FACTOR)
-        write(path, tensors, document, lambda size: check_packing(self._weights, self._untouched, size, factor))
+
+        def check(size: int) -> None:
+            check_packing(self._weights, self._untouched, self._config_json, size, factor)
+
+        write(path, tensors, document, check)
         logger().info("saved %s: %s", path, self)
 
     @classmethod
@@ -281,10 +285,9 @@ class QuantizedModel(Mapping[str, Any]):
             if verify:
                 file.verify()
             weights, untouched, config_json = decode_document(file)
+            factor = _FACTOR if isinstance(file, SafetensorsFile) else _JSON_FACTOR
             try:
-                check_packing(
-                    weights, untouched, file.size, _FACTOR if isinstance(file, SafetensorsFile) else _JSON_FACTOR
-                )
+                check_packing(weights, untouched, config_json, file.size, factor)
                 return cls.of(weights, untouched, config_json)
             except ValueError as error:
                 raise FormatError(f"{file.path}: {error}") from None
