@@ -181,8 +181,8 @@ def check_packing(
             continue
         packed = packed_bytes(stats.shape, stats.config, bias is not None, weight.activations)
         total += packed
-        # While a layer is packed, there are what the file holds of it, a scale and a zero point a group, uint8's codes as
-        # signed ones.
+        # While a layer is packed, there are what the file holds of it, a scale and a zero point a group, and uint8's
+        # codes as signed ones.
         rows, columns = stats.shape
         groups = max(1, -(-columns // (stats.config.group_size or max(columns, 1))))
         signed = columns if stats.config.dtype == "uint8" else 0
