@@ -135,12 +135,16 @@ class _GroupObserver:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if not isinstance(state, Mapping):
+            raise TypeError(f"the state must be what state_dict() gives, not {type(state).__name__}")
         if set(state) != set(self.state_dict()) or state["class"] != type(self).__name__:
             raise ValueError(f"the state is one of {state.get('class')!r}, not of groups")
         self._qparams = None if state["qparams"] is None else QParams.from_dict(state["qparams"])
         self._ends = None
         if state["ends"] is not None:
             low, high = (np.array(end, np.float64) for end in state["ends"])
+            if low.ndim == 0 or low.shape != high.shape or not np.all((low <= high) & np.isfinite(high - low)):
+                raise ValueError(f"the state's ends, of shapes {low.shape} and {high.shape}, are not those of ranges")
             self._ends = (low, high)
 
 

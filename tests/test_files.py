@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import pickle
 import random
 import signal
 import stat
@@ -348,6 +349,17 @@ def test_accepts_nothing_that_the_reference_refuses(
         return
     theirs = {n: (v["dtype"], list(v["shape"]), bytes(v["data"])) for n, v in safetensors.deserialize(content)}
     assert ours == {n: v for n, v in theirs.items() if v[0] in files.STORAGE}
+
+
+def test_control_characters_of_a_name_are_in_no_message(tmp_path: Path) -> None:
+    """Tracebacks and logs show messages as they are."""
+    path = tmp_path / "x.safetensors"
+    for name in ("\x1b[2J\x1b]0;title\x07", "a\r\nFATAL: forged", "\u202egnp.exe"):
+        path.write_bytes(raw({name: {"dtype": "X", "shape": [1], "data_offsets": [0, 1]}}, b"1"))
+        with pytest.raises(FormatError, match="unknown dtype") as caught:
+            SafetensorsFile(path)
+        assert str(caught.value).isprintable()
+        assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
 def test_missing_file_folder_and_pipe(tmp_path: Path) -> None:

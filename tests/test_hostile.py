@@ -160,6 +160,23 @@ def test_what_is_no_array_of_floats_is_refused(taker: str, what: str) -> None:
 
 
 CODES = PLAIN.astype(np.int8)
+
+
+def observer_with(dimensions: Any) -> Any:
+    observer = qn.make_observer("min_max", axis=1)
+    observer.observe(PLAIN)
+    observer.load_state_dict(observer.state_dict() | {"dimensions": dimensions})
+    return observer.qparams(qn.QuantConfig.int8_per_channel(-1))
+
+
+def groups_with(ends: Any) -> None:
+    fake = qn.FakeQuantize(qn.FakeQuantConfig(qn.QuantConfig.int4_per_group(4), observer="moving_average"))
+    fake(PLAIN)
+    state = fake.state_dict()
+    state["observer"]["ends"] = ends
+    fake.load_state_dict(state)
+
+
 NO_AXIS = (True, 1.0, "1", 2**70, -3, np.float32(1), np.array([1]))
 WRONG: dict[str, tuple[Callable[[], Any], type[Exception]]] = {
     **{f"axis {a!r}": (lambda a=a: qn.quantize(PLAIN, np.ones(COLUMNS), axis=a), ValueError) for a in NO_AXIS},
@@ -171,6 +188,11 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception]]] = {
     "config of None": (lambda: qn.qparams_from_range(0.0, 1.0, None), TypeError),
     "qparams that are text": (lambda: qn.quantize_tensor(PLAIN, qparams="dynamic"), TypeError),
     "an array as an observer's state": (lambda: qn.make_observer("min_max").load_state_dict(PLAIN), TypeError),
+    "a number as a layer's state": (lambda: qn.QATLinear(PLAIN, None).load_state_dict(1), TypeError),
+    **{f"dimensions {d!r} in an observer's state": (lambda d=d: observer_with(d), ValueError)
+       for d in ([0], [-3], [1.5], [np.inf], "12", 5)},
+    **{f"ends {e} of groups": (lambda e=e: groups_with(e), ValueError)
+       for e in ([1, 2], [[1.0, 2.0], [1.0]], [[np.nan], [1.0]], [[0.0], [np.inf]], [[2.0], [1.0]])},
     "an array as a state": (lambda: qn.FakeQuantize().load_state_dict(PLAIN), TypeError),
     "an array as parameters": (
         lambda: qn.FakeQuantize().load_state_dict(qn.FakeQuantize().state_dict() | {"params": PLAIN}), ValueError),

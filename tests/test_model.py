@@ -627,6 +627,9 @@ def test_progress_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     qn.quantize_model(checkpoint(), progress=True)
     captured = capsys.readouterr()
     assert captured.out == "" and "11/11" in captured.err
+    qn.quantize_model({"\x1b]0;title\x07.weight": weights(3, 4)}, progress=True)
+    err = capsys.readouterr().err
+    assert "title" in err and "\x1b]" not in err and "\x07" not in err, "a file's names are anybody's"
     monkeypatch.setitem(sys.modules, "tqdm", None)
     with pytest.raises(ImportError, match=r"qnative\[progress\]"):
         qn.quantize_model(checkpoint(), progress=True)
