@@ -7,7 +7,7 @@ No result ever different, no memory kept. And a leak test of every public call.
 Each thread draws calls at random: layers of every kind (shared by all threads, some packed while others call them),
 elementwise functions, observers, saving and loading, the number of threads changed meanwhile, errors that are raised on
 purpose. Every result's digest is compared with that of the first time. Resident memory is looked at after a warm-up of
-a tenth of the time and at the end.
+a tenth of the time and at the end, both times when all threads have ended.
 """
 
 from __future__ import annotations
@@ -158,10 +158,10 @@ def soak(seconds: float, threads: int) -> dict[str, Any]:
         assert expected == {name: digest(call()) for name, call in every.items()}, (
             "calls do not even repeat on one thread"
         )
-        end, failures, done = time.monotonic() + seconds, [], [0] * threads
+        failures, done, most = [], [0] * threads, 0
 
-        def work(thread: int) -> None:
-            rng = np.random.default_rng(thread)
+        def work(thread: int, end: float) -> None:
+            rng = np.random.default_rng([thread, done[thread]])
             try:
                 while time.monotonic() < end and not failures:
                     name = names[rng.integers(len(names))]
@@ -174,23 +174,28 @@ def soak(seconds: float, threads: int) -> dict[str, Any]:
                 failures.append(f"{name}: {error!r}")
                 raise
 
-        workers = [threading.Thread(target=work, args=(i,)) for i in range(threads)]
-        for worker in workers:
-            worker.start()
-        time.sleep(seconds / 10)
-        gc.collect()
-        warm = most = resident()
-        while time.monotonic() < end and not failures:
-            time.sleep(min(1.0, seconds / 20))
-            most = max(most, resident())
-        for worker in workers:
-            worker.join()
+        def resident_after(seconds: float) -> int:
+            """At rest, as it is compared with the same: calls under way hold more than a leak would for long."""
+            nonlocal most
+            end = time.monotonic() + seconds
+            workers = [threading.Thread(target=work, args=(i, end)) for i in range(threads)]
+            for worker in workers:
+                worker.start()
+            while time.monotonic() < end and not failures:
+                time.sleep(min(1.0, seconds / 20))
+                most = max(most, resident())
+            for worker in workers:
+                worker.join()
+            gc.collect()
+            return resident()
+
+        warm = resident_after(seconds / 10)
+        grown = resident_after(seconds * 9 / 10) - warm
         qn.set_num_threads(None)
-        gc.collect()
         found = {
             "threads": threads, "seconds": seconds, "calls": sum(done), "kinds of calls": len(names),
             "different results": len(failures),
-            "resident bytes after warm-up": warm, "at most": most, "grown at the end": resident() - warm,
+            "resident bytes after warm-up": warm, "at most": most, "grown at the end": grown,
         }  # fmt: skip
         assert not failures, failures
         return found
