@@ -676,6 +676,10 @@ def _unique(tensors: Iterable[NamedTensor]) -> list[NamedTensor]:
     for tensor in found:
         if tensor.name in seen or tensor.name == "__metadata__":
             raise ValueError(f"two tensors would be saved as {tensor.name!r}; rename one")
+        try:
+            tensor.name.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError(f"{tensor.name!r} holds half a character, which no reader would take; rename it") from None
         seen.add(tensor.name)
     return found
 

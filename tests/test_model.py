@@ -1366,6 +1366,18 @@ def test_loading_stays_within_twice_the_file(config: qn.QuantConfig, tmp_path: P
     assert len(model) == 2 and peak <= 2 * path.stat().st_size + (1 << 20)
 
 
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_name_that_no_reader_takes_is_not_saved(suffix: str, tmp_path: Path) -> None:
+    """The old file stays, instead of one that `load` refuses."""
+    path = tmp_path / f"m{suffix}"
+    qn.quantize_model({"a.weight": weights(3, 4)}).save(path)
+    for name in ("\udcff.weight", "\ud800"):
+        with pytest.raises(ValueError, match="half a character"):
+            qn.quantize_model({name: weights(3, 4)}).save(path)
+    assert list(qn.QuantizedModel.load(path, verify=True)) == ["a"]
+    assert os.listdir(tmp_path) == [path.name]
+
+
 def test_paths_of_bytes(tmp_path: Path) -> None:
     model = qn.quantize_model(checkpoint())
     for suffix in SUFFIXES:
