@@ -10,7 +10,6 @@ import contextlib
 import functools
 import mmap
 import os
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,6 +22,7 @@ from qnative.floats import as_float_array, plain_array
 from qnative.granularity import block_min_max
 from qnative.observers import CalibrationCollector, Observer, make_observer, observe_once
 from qnative.output_error import OutputError, least_output_error
+from qnative.threads import lock_of
 from qnative.work import Progress, map_ordered, reporting
 
 if TYPE_CHECKING:
@@ -578,14 +578,14 @@ class Calibrator:
         self._weights: dict[str, tuple[float, float, NDArray[np.float32]]] = {}
         self._collectors: dict[str, CalibrationCollector] = {}
         self._names: dict[str, None] = {}
-        self._lock = threading.RLock()
+        self._lock = lock_of(self)
 
     def __getstate__(self) -> dict[str, Any]:
         with self._lock:
             return {name: value for name, value in self.__dict__.items() if name != "_lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _lock=threading.RLock())
+        self.__dict__.update(state, _lock=lock_of(self))
 
     def _collector(self) -> CalibrationCollector:
         return CalibrationCollector(self.config.axis, nonfinite=self.nonfinite)

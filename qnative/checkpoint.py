@@ -17,6 +17,7 @@ weight is asymmetric, of the scales' shape, and for 4 bits packed eight to an in
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -159,7 +160,9 @@ def packed_bytes(
     return -(-rows // 16) * (head + -(-codes // 64) * 64)
 
 
-def check_packing(weights: Mapping[str, Weight], untouched: Mapping[str, Stored], size: int, factor: int) -> None:
+def check_packing(
+    weights: Mapping[str, Weight], untouched: Mapping[str, Stored], config_json: str | None, size: int, factor: int
+) -> None:
     """Refuse a model that would take more than `factor` times its file's size + 16 MiB while its layers are packed.
 
     Raises
@@ -167,7 +170,9 @@ def check_packing(weights: Mapping[str, Weight], untouched: Mapping[str, Stored]
     ValueError
         Naming the layer that grows the most.
     """
-    total, most, largest, meanwhile = sum(s.array.nbytes for s in untouched.values()), 0, "", 0
+    most, largest, meanwhile = 0, "", 0
+    # Text takes up to four times what it takes in the file.
+    total = sys.getsizeof(config_json) + sum(s.array.nbytes for s in untouched.values())
     for name, weight in weights.items():
         stats, bias = weight.stats, weight.bias
         total += 0 if bias is None else bias.array.nbytes
@@ -176,10 +181,12 @@ def check_packing(weights: Mapping[str, Weight], untouched: Mapping[str, Stored]
             continue
         packed = packed_bytes(stats.shape, stats.config, bias is not None, weight.activations)
         total += packed
-        # While a layer is packed, there are a scale and a zero point a group too, and uint8's codes as signed ones.
+        # While a layer is packed, there are what the file holds of it, a scale and a zero point a group, and uint8's
+        # codes as signed ones.
         rows, columns = stats.shape
         groups = max(1, -(-columns // (stats.config.group_size or max(columns, 1))))
-        meanwhile = max(meanwhile, rows * (5 * groups + (columns if stats.config.dtype == "uint8" else 0)))
+        signed = columns if stats.config.dtype == "uint8" else 0
+        meanwhile = max(meanwhile, stats.bytes_after + rows * (5 * groups + signed))
         if packed - stats.bytes_after > most:
             most, largest = packed - stats.bytes_after, name
     limit = factor * size + _SLACK

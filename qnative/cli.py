@@ -219,7 +219,7 @@ class _Bar:
 def _quantize(options: Any) -> tuple[str, Any]:
     from qnative.config import QuantConfig, QuantGranularity, QuantMode
     from qnative.conversion import quantize_model
-    from qnative.report import printable
+    from qnative.storage import printable
 
     granularity = options.granularity or ("per_group" if options.group_size is not None else "per_channel")
     group_size = options.group_size
@@ -301,7 +301,7 @@ class _Warnings:
 
     def __exit__(self, *exception: object) -> None:
         self._logger.removeHandler(self._handler)
-        from qnative.report import printable
+        from qnative.storage import printable
 
         for message in self.messages:
             sys.stderr.write(f"qnative: warning: {printable(message)}\n")

@@ -328,4 +328,5 @@ def _error_sums(
 def decibel(signal: float, noise: float) -> float:
     if noise == 0.0:
         return math.inf
-    return 10.0 * math.log10(signal / noise) if signal else -math.inf
+    ratio = signal / noise
+    return 10.0 * math.log10(ratio) if ratio else -math.inf

@@ -22,7 +22,7 @@ from qnative.config import (
     round_scale,
 )
 from qnative.elementwise import quantize
-from qnative.floats import as_float_array
+from qnative.floats import as_float_array, check_array
 from qnative.granularity import Granules, block_min_max, nonfinite_error
 from qnative.observers import DEFAULT_AVERAGING_CONSTANT, Observer, make_observer, observe_once
 
@@ -39,8 +39,7 @@ def as_float32(x: ArrayLike) -> F32:
 
 def check_like(out: object, name: str, like: F32) -> F32:
     """Return `out` if a result like `like` can be written straight to it; TypeError or ValueError if not."""
-    if not isinstance(out, np.ndarray):
-        raise TypeError(f"{name} must be a numpy.ndarray, not {type(out).__name__}")
+    out = check_array(out, name)
     if out.shape != like.shape or out.dtype != np.float32 or not out.dtype.isnative:
         raise ValueError(f"{name} is {out.dtype} of shape {out.shape}; it must be float32 of shape {like.shape}")
     if not (out.flags.c_contiguous and out.flags.aligned and out.flags.writeable):
@@ -136,12 +135,16 @@ class _GroupObserver:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if not isinstance(state, Mapping):
+            raise TypeError(f"the state must be what state_dict() gives, not {type(state).__name__}")
         if set(state) != set(self.state_dict()) or state["class"] != type(self).__name__:
             raise ValueError(f"the state is one of {state.get('class')!r}, not of groups")
         self._qparams = None if state["qparams"] is None else QParams.from_dict(state["qparams"])
         self._ends = None
         if state["ends"] is not None:
             low, high = (np.array(end, np.float64) for end in state["ends"])
+            if low.ndim == 0 or low.shape != high.shape or not np.all((low <= high) & np.isfinite(high - low)):
+                raise ValueError(f"the state's ends, of shapes {low.shape} and {high.shape}, are not those of ranges")
             self._ends = (low, high)
 
 
@@ -559,7 +562,8 @@ class FakeQuantize:
             )
         scales, zeros = granules.spread(qparams.scale, np.float32), granules.spread(qparams.zero_point, np.int32)
         y = np.empty(array.shape, np.float32) if out is None else out
-        if _core.fake_quantize(array.reshape(-1), scales, zeros, granules.walk, *self._codes(), y.reshape(-1)):
+        into = np.asarray(y).reshape(-1)  # a subclass (numpy.matrix, ...) may have a reshape of its own
+        if _core.fake_quantize(array.reshape(-1), scales, zeros, granules.walk, *self._codes(), into):
             bad = _core.count_nonfinite(array.reshape(-1))
             raise nonfinite_error(bad, array.size, "clean the data, or look for where the training diverges")
         self._saved, self._passed = (array, granules, scales, zeros), None
@@ -612,8 +616,9 @@ class FakeQuantize:
             raise ValueError("out overlaps dy, shifted; pass dy itself or another array")
         names = tuple(self.params)
         sums = [np.zeros(scales.size) for _ in names]
+        into = np.asarray(dx).reshape(-1)
         _core.fake_quantize_backward(
-            x.reshape(-1), gradient.reshape(-1), scales, zeros, granules.walk, *self._codes(), dx.reshape(-1), *sums
+            x.reshape(-1), gradient.reshape(-1), scales, zeros, granules.walk, *self._codes(), into, *sums
         )
         if names:
             factor = 1.0 / np.sqrt(np.maximum(granules.counts(), 1) * float(self._quant.quant_max))

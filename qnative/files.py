@@ -20,6 +20,7 @@ anything is allocated, and the structure of every piece of JSON is bounded befor
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import os
 import stat
@@ -61,6 +62,8 @@ HEADER_LIMIT = 100_000_000
 _PREFIX = "qnative_"
 _NO_DIGEST = "0" * 64
 _CHUNK = 1 << 20
+#: What a system says that has nothing left, whatever the file.
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 # JSON, strictly
@@ -128,8 +131,9 @@ def parse_json(data: bytes, where: str, allowance: int) -> Any:
             parse_int=whole,
             parse_float=fraction,
         )
-        if b"\\u" in data:  # only an escape can spell half a character
-            json.dumps(found, ensure_ascii=False).encode("utf-8")
+        if b"\\ud" in data or b"\\uD" in data:  # only such an escape can spell half a character
+            for text in _strings(found):
+                text.encode("utf-8")
         return found
     except FormatError:
         raise
@@ -137,6 +141,20 @@ def parse_json(data: bytes, where: str, allowance: int) -> Any:
         raise FormatError(f"{where}: its JSON is nested too deeply") from None
     except ValueError as error:
         raise FormatError(f"{where}: not valid JSON ({error})") from None
+
+
+def _strings(found: Any) -> Iterator[str]:
+    """Give every string in parsed JSON, keys too."""
+    left = [found]
+    while left:
+        value = left.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict):
+            left += value
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
 
 
 def exact_keys(found: Any, expected: Iterable[str], where: str) -> dict[str, Any]:
@@ -402,13 +420,14 @@ class SafetensorsFile(_Reader):
         """Ask the reference library, whose verdict on holes, overlaps and the rest stands."""
         import safetensors
 
-        try:
-            with self._stand_in() as path, safetensors.safe_open(path, framework="np") as judge:
-                agreed = set(judge.keys()) == names
-        except FileNotFoundError:
-            raise
-        except (safetensors.SafetensorError, OSError) as error:
-            raise FormatError(f"{self.path}: {error}") from None
+        with self._stand_in() as path:
+            try:
+                with safetensors.safe_open(path, framework="np") as judge:
+                    agreed = set(judge.keys()) == names
+            except FileNotFoundError:
+                raise
+            except (safetensors.SafetensorError, OSError) as error:
+                raise FormatError(f"{self.path}: {error}") from None
         if not agreed:
             raise FormatError(f"{self.path}: changed while it was being read")
 
@@ -417,19 +436,26 @@ class SafetensorsFile(_Reader):
         """Give the path of a file in memory with this header and size, which the reference library then maps.
 
         It judges what was read here, whatever is written to the file meanwhile, and no file that is cut short can end
-        the process as a map of it would. Where the system has no such files, the path of the file itself.
+        the process as a map of it would. Where the system has no such files, the path of the file itself; OSError where
+        it has no descriptors or memory left.
         """
         with contextlib.ExitStack() as stack:
             path = self.path
-            with contextlib.suppress(AttributeError, OSError):  # not Linux, or not allowed
+            try:
                 memory = os.memfd_create("qnative")  # type: ignore[attr-defined, unused-ignore]
                 stack.callback(os.close, memory)
                 os.ftruncate(memory, self.size)  # takes no memory for what is not written
                 header = memoryview(struct.pack("<Q", len(self._header)) + self._header)
                 while header:
                     header = header[os.write(memory, header) :]
-                if os.path.exists(f"/proc/self/fd/{memory}"):
-                    path = f"/proc/self/fd/{memory}"
+                # Opened here first: of a system without descriptors the library says that there is no such file.
+                os.close(os.open(f"/proc/self/fd/{memory}", os.O_RDONLY))
+                path = f"/proc/self/fd/{memory}"
+            except AttributeError:  # not Linux
+                pass
+            except OSError as error:  # not allowed, unless there is nothing left
+                if error.errno in _EXHAUSTED:
+                    raise OSError(error.errno, error.strerror, self.path) from None
             yield path
 
     def _parse_document(self) -> dict[str, Any]:
@@ -594,22 +620,25 @@ def _atomic(path: Path) -> Iterator[BinaryIO]:
     """
     target = os.path.realpath(os.fsdecode(path))
     folder, name = os.path.split(target)
-    if os.path.isdir(target):
+    old = None
+    with contextlib.suppress(FileNotFoundError):
+        old = os.stat(target).st_mode
+    if old is not None and stat.S_ISDIR(old):
         raise IsADirectoryError(f"{target} is a folder; give the name of a file in it")
-    if os.path.exists(target) and not os.path.isfile(target):  # which would be no device or pipe any more
+    if old is not None and not stat.S_ISREG(old):  # which would be no device or pipe any more
         raise FileExistsError(f"{target} is a device or a pipe, not a file to replace; give another name")
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
     stem = os.fsencode(name)[:100].decode("utf-8", "ignore")  # file systems count bytes
     temporary = os.path.join(folder, f".{stem}.{os.urandom(8).hex()}.tmp")
     try:
-        descriptor = os.open(temporary, flags, 0o666)
+        # Nobody may open what replaces a private file before it is as private.
+        descriptor = os.open(temporary, flags, 0o666 if old is None else 0o600)
     except OSError as error:
         raise type(error)(error.errno, error.strerror, target) from None
     try:
         with os.fdopen(descriptor, "wb") as file:
-            if hasattr(os, "fchmod"):
-                with contextlib.suppress(FileNotFoundError):
-                    os.fchmod(file.fileno(), stat.S_IMODE(os.stat(target).st_mode))
+            if old is not None and hasattr(os, "fchmod"):
+                os.fchmod(file.fileno(), stat.S_IMODE(old))
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -619,11 +648,26 @@ def _atomic(path: Path) -> Iterator[BinaryIO]:
             os.unlink(temporary)
         raise
     if os.name == "posix":
+        _sync_folder(folder)
+
+
+def _sync_folder(folder: str) -> None:
+    """Have a new name reach the disk.
+
+    Not in a folder that may be written to but not read, nor on a file system that cannot: the file is there, and what a
+    crash of the machine leaves is the old one or the new one all the same.
+    """
+    try:
         handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    except PermissionError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
+    finally:
+        os.close(handle)
 
 
 def _unique(tensors: Iterable[NamedTensor]) -> list[NamedTensor]:
@@ -632,6 +676,10 @@ def _unique(tensors: Iterable[NamedTensor]) -> list[NamedTensor]:
     for tensor in found:
         if tensor.name in seen or tensor.name == "__metadata__":
             raise ValueError(f"two tensors would be saved as {tensor.name!r}; rename one")
+        try:
+            tensor.name.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError(f"{tensor.name!r} holds half a character, which no reader would take; rename it") from None
         seen.add(tensor.name)
     return found
 

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from qnative import _core
 from qnative.storage import plain_array
 
-__all__ = ["as_float_array", "decode", "deliver", "encode", "float_dtype", "out_target", "plain_array"]
+__all__ = ["as_float_array", "check_array", "decode", "deliver", "encode", "float_dtype", "out_target", "plain_array"]
 
 _FLOAT8 = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
 _FLOAT16 = ("float16", "bfloat16")
@@ -67,20 +67,28 @@ def float_dtype(name: object) -> np.dtype[Any]:
     return dtype
 
 
+def check_array(out: object, name: str) -> NDArray[Any]:
+    """Return what a result is to be written to; TypeError where it is no array, or one whose mask would hide it."""
+    if not isinstance(out, np.ndarray):
+        raise TypeError(f"{name} must be a numpy.ndarray, not {type(out).__name__}")
+    if isinstance(out, np.ma.MaskedArray):
+        raise TypeError(f"{name} is a masked array, whose mask would hide results; pass {name}.data")
+    return out
+
+
 def out_target(
     out: NDArray[Any] | None, shape: tuple[int, ...], dtype: Any, source: NDArray[Any]
 ) -> NDArray[Any] | None:
     """Check a caller's `out`; return it if the native loops can write to it while they read `source`, else None."""
     if out is None:
         return None
-    if not isinstance(out, np.ndarray):
-        raise TypeError(f"out must be a numpy.ndarray, not {type(out).__name__}")
+    check_array(out, "out")
     if out.shape != shape or out.dtype != dtype:
         raise ValueError(f"out is {out.dtype} of shape {out.shape}; it must be {np.dtype(dtype)} of shape {shape}")
     if not out.flags.writeable:
         raise ValueError("out is read-only; pass an array that can be written to")
     direct = out.flags.c_contiguous and out.flags.aligned and not np.may_share_memory(out, source)
-    return out if direct else None
+    return np.asarray(out) if direct else None  # a subclass (numpy.matrix, ...) may have a reshape of its own
 
 
 def deliver(result: NDArray[Any], out: NDArray[Any] | None) -> NDArray[Any]:

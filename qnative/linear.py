@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from qnative import _core, threads
 from qnative.config import CODE_DTYPES, QParams, QuantConfig, qparams_from_range
-from qnative.floats import as_float_array, encode, plain_array
+from qnative.floats import as_float_array, check_array, encode, plain_array
 from qnative.granularity import Granules
 from qnative.tensor import (
     QuantizedTensor,
@@ -302,10 +302,7 @@ class QuantizedLinear(_core.PackedLinear):
     def _check_out(self, out: NDArray[Any], x: NDArray[Any]) -> None:
         """Explain why the result for x cannot be written to out."""
         shape = (*x.shape[:-1], self.out_features)
-        if not isinstance(out, np.ndarray):
-            raise TypeError(f"out must be a numpy.ndarray, not {type(out).__name__}")
-        if isinstance(out, np.ma.MaskedArray):
-            raise TypeError("out is a masked array, whose mask would hide results; pass out.data")
+        check_array(out, "out")
         if out.shape != shape or out.dtype != self._out_dtype:
             raise ValueError(f"out is {out.dtype} of shape {out.shape}; it must be {self._out_dtype} of shape {shape}")
         if not (out.flags.c_contiguous and out.flags.aligned and out.flags.writeable):

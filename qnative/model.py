@@ -30,6 +30,7 @@ from qnative.selection import layer_name, logger
 from qnative.stats import QuantStats, finite_original, layer_stats, total_stats
 from qnative.storage import STORAGE, FormatError, NamedTensor
 from qnative.tensor import QuantizedTensor
+from qnative.threads import lock_of
 
 __all__ = ["QuantizedModel", "quantization_stats"]
 
@@ -97,12 +98,10 @@ class QuantizedModel(Mapping[str, Any]):
     def _assemble(
         self, weights: dict[str, Weight], untouched: dict[str, Stored], config_json: str | Mapping[str, Any] | None
     ) -> None:
-        import threading
-
         self._weights = weights
         self._untouched = untouched
         self._config_json = _config_text(config_json)
-        self._packing = threading.Lock()
+        self._lock = lock_of(self)  # while a layer is packed
         saved = list(untouched)
         for name, weight in weights.items():
             saved += saved_names(name, weight)
@@ -128,7 +127,7 @@ class QuantizedModel(Mapping[str, Any]):
         if weight.kind == "tensor":
             return weight.tensor()
         if not isinstance(weight.source, QuantizedLinear):
-            with self._packing:
+            with self._lock:
                 if not isinstance(weight.source, QuantizedLinear):
                     weight.source = weight.packed(weight.source)
         return weight.source
@@ -246,7 +245,11 @@ class QuantizedModel(Mapping[str, Any]):
         for name, weight in self._weights.items():
             tensors += encode_layer(name, weight)
         write, factor = (write_json, _JSON_FACTOR) if suffix == ".json" else (write_safetensors, _FACTOR)
-        write(path, tensors, document, lambda size: check_packing(self._weights, self._untouched, size, factor))
+
+        def check(size: int) -> None:
+            check_packing(self._weights, self._untouched, self._config_json, size, factor)
+
+        write(path, tensors, document, check)
         logger().info("saved %s: %s", path, self)
 
     @classmethod
@@ -281,10 +284,9 @@ class QuantizedModel(Mapping[str, Any]):
             if verify:
                 file.verify()
             weights, untouched, config_json = decode_document(file)
+            factor = _FACTOR if isinstance(file, SafetensorsFile) else _JSON_FACTOR
             try:
-                check_packing(
-                    weights, untouched, file.size, _FACTOR if isinstance(file, SafetensorsFile) else _JSON_FACTOR
-                )
+                check_packing(weights, untouched, config_json, file.size, factor)
                 return cls.of(weights, untouched, config_json)
             except ValueError as error:
                 raise FormatError(f"{file.path}: {error}") from None

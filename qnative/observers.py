@@ -7,6 +7,7 @@ An observer is a method: the statistics it keeps (`qnative.streams`) and the rul
 from __future__ import annotations
 
 import math
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
@@ -361,7 +362,13 @@ class Observer(ABC):
             if there != (channels,):
                 raise ValueError(f"the state's 'low' has shape {there}; channels={channels} needs ({channels},)")
             new._allocate(channels)
-            new._dimensions = {int(n) for n in state.get("dimensions", ())}
+            dimensions = state.get("dimensions", ())
+            try:
+                new._dimensions = {operator.index(n) for n in dimensions}
+            except TypeError:
+                raise ValueError(f"the state's dimensions={dimensions!r} must be whole numbers") from None
+            if min(new._dimensions, default=1) < 1:
+                raise ValueError(f"the state's dimensions={dimensions!r} must be 1 or more")
             arrays = new._arrays()
             expected |= {"dimensions", *arrays}
             _check_keys(expected - set(state), set(state) - expected)

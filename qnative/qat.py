@@ -259,6 +259,8 @@ class QATLinear:
         ValueError
             If entries are missing or unknown, or do not fit. The layer is then as it was before.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"the state must be what state_dict() gives, not {type(state).__name__}")
         mine = self.state_dict()
         if set(state) != set(mine):
             raise ValueError(f"the state has the entries {sorted(state)}; needed are {sorted(mine)}")
@@ -267,15 +269,17 @@ class QATLinear:
             found = None if state[name] is None else np.shape(state[name])
             if shape != found:
                 raise ValueError(f"the state's {name} has shape {found}; this layer's has {shape}")
+        weight = as_float32(state["weight"])
+        bias = None if self._bias is None else as_float32(state["bias"])
         try:
             for prefix, quantizer in self._quantizers.items():
                 quantizer.load_state_dict(state[f"{prefix}_quantizer"])
-        except ValueError:
+        except BaseException:
             self._weight_quantizer.load_state_dict(mine["weight_quantizer"])
             raise
-        self._weight[...] = state["weight"]
+        self._weight[...] = weight
         if self._bias is not None:
-            self._bias[...] = state["bias"]
+            self._bias[...] = bias
         self._grads, self._saved = {}, None
 
     def freeze(self) -> None:

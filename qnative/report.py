@@ -17,6 +17,7 @@ from qnative.floats import decode
 from qnative.model import QuantizedModel
 from qnative.selection import Patterns, Source, Transposed, layer_name, named_tensors, widen
 from qnative.stats import finite_original
+from qnative.storage import printable
 from qnative.tensor import QuantizedTensor, error_measures
 from qnative.work import reporting
 
@@ -252,11 +253,6 @@ def _cell(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "x".join(map(str, value)) or "()"
     return printable(str(value))
-
-
-def printable(text: str) -> str:
-    """Return text that may hold a file's names, which are anybody's, without control characters for the terminal."""
-    return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
 
 
 # Pictures

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from qnative.files import SafetensorsFile
 from qnative.floats import decode
-from qnative.storage import STORAGE, NamedTensor, TensorInfo
+from qnative.storage import STORAGE, NamedTensor, TensorInfo, printable
 
 if TYPE_CHECKING:
     import logging
@@ -149,7 +149,7 @@ class Rules:
         if self._left:
             logger().info(
                 "left alone, as their names say embedding, norm or bias (include= or linear= quantizes them): %s",
-                ", ".join(self._left),
+                printable(", ".join(self._left)),
             )
 
 

@@ -19,12 +19,24 @@ __all__ = [
     "dtype_code",
     "plain_array",
     "possible_shape",
+    "printable",
     "to_storage",
 ]
 
 
+def printable(text: str) -> str:
+    """Return text that may hold a file's names, which are anybody's, without control characters for the terminal."""
+    return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
+
+
 class FormatError(ValueError):
-    """A file is not what it claims to be; the message names the file, the tensor and the rule it breaks."""
+    """A file is not what it claims to be; the message names the file, the tensor and the rule it breaks.
+
+    What is not printable in it is written as an escape: tracebacks and logs show it as it is.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(message))
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,21 @@ import contextlib
 import operator
 import os
 import sys
-from _thread import allocate_lock, get_ident  # `threading` would be a tenth of what importing qnative costs
+from _thread import RLock, get_ident  # `threading` would be a tenth of what importing qnative costs
 from collections.abc import Iterator
 from typing import Any
+from weakref import WeakSet
 
 from qnative import _core
 
-__all__ = ["get_num_threads", "meet_threadpoolctl", "num_threads", "register_with_threadpoolctl", "set_num_threads"]
+__all__ = [
+    "get_num_threads",
+    "lock_of",
+    "meet_threadpoolctl",
+    "num_threads",
+    "register_with_threadpoolctl",
+    "set_num_threads",
+]
 
 
 def _from_environment() -> int | None:
@@ -51,13 +59,24 @@ class _Setting:
 
 #: What holds outside any block, and then one for every open block; the last one is in force.
 _settings = [_Setting(None)]
-_lock = allocate_lock()
+_lock = RLock()  # which a signal handler may take again
+
+#: Objects with a `_lock` of their own.
+_owners: WeakSet[Any] = WeakSet()
+
+
+def lock_of(owner: Any) -> RLock:
+    """Return a lock for an object to keep as its `_lock`, so that a forked child finds it open, whoever held it."""
+    _owners.add(owner)
+    return RLock()
 
 
 def _after_fork_in_child() -> None:
-    """Forget the blocks of threads that the child does not have; one of them may have held the lock."""
+    """Forget the blocks of threads that the child does not have, and the locks that one of them may have held."""
     global _lock
-    _lock = allocate_lock()
+    _lock = RLock()
+    for owner in _owners:
+        owner._lock = RLock()
     _settings[1:] = [setting for setting in _settings[1:] if setting.thread == get_ident()]
     _core.set_num_threads(_settings[-1].n)
 

@@ -81,7 +81,8 @@ def reporting(progress: Progress, total: int | None, unit: str) -> Iterator[Call
         with tqdm(total=total, unit=unit) as bar:
 
             def show(done: int, name: str) -> None:
-                bar.set_postfix_str(name, refresh=False)
+                # A file's names are anybody's: no control characters for the terminal.
+                bar.set_postfix_str("".join(c if c.isprintable() else "?" for c in name), refresh=False)
                 bar.update(done - bar.n)
 
             yield show

@@ -91,6 +91,83 @@ def test_a_server_that_loads_first_and_forks_then(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize("busy", ["packs a layer", "records activations"])
+def test_a_child_forked_while_another_thread(busy: str) -> None:
+    """The thread that holds a lock is not in the child, which must not wait for it."""
+    assert (
+        python(f"""
+    import os, signal, threading, time, warnings
+    warnings.simplefilter("ignore")
+    import numpy as np, qnative as qn
+    from qnative.linear import QuantizedLinear
+    w = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
+    model, calibrator = qn.quantize_model({{"a.weight": w, "b.weight": w}}), qn.Calibrator()
+    within, go_on = threading.Event(), threading.Event()
+    if {busy!r} == "packs a layer":
+        pack = QuantizedLinear.from_tensor
+        def slowly(*arguments, **settings):
+            within.set(); go_on.wait()
+            return pack(*arguments, **settings)
+        QuantizedLinear.from_tensor = slowly
+        thread = threading.Thread(target=lambda: model["a"])
+    else:
+        observe = qn.CalibrationCollector.observe
+        def slowly(self, x):
+            within.set(); go_on.wait()
+            return observe(self, x)
+        qn.CalibrationCollector.observe = slowly
+        thread = threading.Thread(target=lambda: calibrator.record_activations("a", w))
+    thread.start()
+    within.wait()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        go_on.set()
+        model["a"](w); model["b"](w)
+        calibrator.record_activations("b", w)
+        os._exit(0)
+    go_on.set()
+    thread.join()
+    print(os.waitpid(child, 0)[1])
+    """)
+        == "0"
+    )
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_a_signal_handler_may_do_what_it_interrupts() -> None:
+    """It runs on the thread that it interrupts, which may hold a lock."""
+    assert (
+        python("""
+    import signal
+    import numpy as np, qnative as qn, qnative.threads
+    from qnative.linear import QuantizedLinear
+    w = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
+    model = qn.quantize_model({"a.weight": w})
+    expected = qn.quantize_model({"a.weight": w})["a"](w)
+    handled = []
+    def handler(number, frame):
+        handled.append(np.array_equal(model["a"](w), expected))
+        qn.set_num_threads(3)
+    signal.signal(signal.SIGUSR1, handler)
+    signal.alarm(30)
+    def interrupted(function):  # once
+        left = [signal.SIGUSR1]
+        def during(*arguments, **settings):
+            if left: signal.raise_signal(left.pop())
+            return function(*arguments, **settings)
+        return during
+    QuantizedLinear.from_tensor = interrupted(QuantizedLinear.from_tensor)
+    assert np.array_equal(model["a"](w), expected) and handled.pop()
+    qnative.threads._core.set_num_threads = interrupted(qnative.threads._core.set_num_threads)
+    qn.set_num_threads(2)
+    print(handled, qn.get_num_threads())
+    """)
+        == "[True] 2"
+    )
+
+
 def test_layers_of_many_threads_while_others_are_packed_and_dropped() -> None:
     rng = np.random.default_rng(0)
     w = [rng.standard_normal((48, 64)).astype(np.float32) for _ in range(8)]

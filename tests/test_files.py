@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import pickle
 import random
 import signal
 import stat
@@ -26,6 +27,7 @@ import safetensors
 import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import python
 
 from qnative import files, storage
 from qnative.files import JSONFile, SafetensorsFile
@@ -349,6 +351,17 @@ def test_accepts_nothing_that_the_reference_refuses(
     assert ours == {n: v for n, v in theirs.items() if v[0] in files.STORAGE}
 
 
+def test_control_characters_of_a_name_are_in_no_message(tmp_path: Path) -> None:
+    """Tracebacks and logs show messages as they are."""
+    path = tmp_path / "x.safetensors"
+    for name in ("\x1b[2J\x1b]0;title\x07", "a\r\nFATAL: forged", "\u202egnp.exe"):
+        path.write_bytes(raw({name: {"dtype": "X", "shape": [1], "data_offsets": [0, 1]}}, b"1"))
+        with pytest.raises(FormatError, match="unknown dtype") as caught:
+            SafetensorsFile(path)
+        assert str(caught.value).isprintable()
+        assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
 def test_missing_file_folder_and_pipe(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         SafetensorsFile(tmp_path / "none.safetensors")
@@ -591,7 +604,7 @@ except OSError as error:
 
 
 @posix
-def test_mode_of_new_and_replaced_files(tmp_path: Path) -> None:
+def test_mode_of_new_and_replaced_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def mode(path: Path) -> int:
         return stat.S_IMODE(path.stat().st_mode)
 
@@ -603,6 +616,15 @@ def test_mode_of_new_and_replaced_files(tmp_path: Path) -> None:
         path.chmod(0o600)
         files.write_safetensors(path, tensors_of(2.0), {})
         assert mode(path) == 0o600, "a private file stays private"
+        change, found = os.fchmod, []
+
+        def spy(handle: int, wanted: int) -> None:
+            found.append(stat.S_IMODE(os.fstat(handle).st_mode))
+            change(handle, wanted)
+
+        monkeypatch.setattr(os, "fchmod", spy)
+        files.write_safetensors(path, tensors_of(3.0), {})
+        assert found == [0o600], "and what replaces it is so from the beginning: who opens it then may read it later"
     finally:
         os.umask(old)
 
@@ -696,6 +718,64 @@ def test_every_byte_reaches_the_disk_before_the_name(tmp_path: Path, monkeypatch
     monkeypatch.setattr(os, "replace", spy_replace)
     files.write_safetensors(tmp_path / "x.safetensors", tensors_of(1.0), {})
     assert calls == ["file", "rename", "folder"]
+
+
+@posix
+@pytest.mark.parametrize("refused", [errno.EACCES, errno.EINVAL, errno.EIO])
+def test_a_folder_that_cannot_be_synced(refused: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that may not be read, one on a file system that has no such thing: the file is saved. A fault is told."""
+    opened, sync = os.open, os.fsync
+
+    def spy_open(path: Any, flags: int, *mode: int) -> int:
+        if refused == errno.EACCES and os.path.isdir(path):
+            raise PermissionError(refused, os.strerror(refused), path)
+        return opened(path, flags, *mode)
+
+    def spy_sync(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(refused, os.strerror(refused))
+        sync(handle)
+
+    path = tmp_path / "x.safetensors"
+    files.write_safetensors(path, tensors_of(1.0), {})
+    monkeypatch.setattr(os, "open", spy_open)
+    monkeypatch.setattr(os, "fsync", spy_sync)
+    if refused == errno.EIO:
+        with pytest.raises(OSError, match=os.strerror(refused)):
+            files.write_safetensors(path, tensors_of(2.0), {})
+    else:
+        files.write_safetensors(path, tensors_of(2.0), {})
+    with SafetensorsFile(path) as file:
+        file.verify()
+        assert (file.read("t0") == 2.0).all()
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="limits descriptors, which are in use to read from memory")
+def test_a_system_without_descriptors_says_so(tmp_path: Path) -> None:
+    """Neither that there is no such file, nor that it is malformed."""
+    path = tmp_path / "x.safetensors"
+    files.write_safetensors(path, tensors_of(1.0), {})
+    said = python(f"""
+    import errno, os, resource
+    from qnative.files import SafetensorsFile
+    SafetensorsFile({str(path)!r}).close()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (40, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    held = []
+    try:
+        while True:
+            held.append(os.open("/dev/null", os.O_RDONLY))
+    except OSError:
+        pass
+    for free in range(5):
+        try:
+            SafetensorsFile({str(path)!r}).close()
+            print("read")
+        except OSError as error:
+            assert error.filename == {str(path)!r}
+            print(errno.errorcode[error.errno])
+        os.close(held.pop())
+    """)
+    assert said.split() == ["EMFILE"] * 3 + ["read"] * 2
 
 
 @posix

@@ -160,6 +160,23 @@ def test_what_is_no_array_of_floats_is_refused(taker: str, what: str) -> None:
 
 
 CODES = PLAIN.astype(np.int8)
+
+
+def observer_with(dimensions: Any) -> Any:
+    observer = qn.make_observer("min_max", axis=1)
+    observer.observe(PLAIN)
+    observer.load_state_dict(observer.state_dict() | {"dimensions": dimensions})
+    return observer.qparams(qn.QuantConfig.int8_per_channel(-1))
+
+
+def groups_with(ends: Any) -> None:
+    fake = qn.FakeQuantize(qn.FakeQuantConfig(qn.QuantConfig.int4_per_group(4), observer="moving_average"))
+    fake(PLAIN)
+    state = fake.state_dict()
+    state["observer"]["ends"] = ends
+    fake.load_state_dict(state)
+
+
 NO_AXIS = (True, 1.0, "1", 2**70, -3, np.float32(1), np.array([1]))
 WRONG: dict[str, tuple[Callable[[], Any], type[Exception]]] = {
     **{f"axis {a!r}": (lambda a=a: qn.quantize(PLAIN, np.ones(COLUMNS), axis=a), ValueError) for a in NO_AXIS},
@@ -171,6 +188,11 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception]]] = {
     "config of None": (lambda: qn.qparams_from_range(0.0, 1.0, None), TypeError),
     "qparams that are text": (lambda: qn.quantize_tensor(PLAIN, qparams="dynamic"), TypeError),
     "an array as an observer's state": (lambda: qn.make_observer("min_max").load_state_dict(PLAIN), TypeError),
+    "a number as a layer's state": (lambda: qn.QATLinear(PLAIN, None).load_state_dict(1), TypeError),
+    **{f"dimensions {d!r} in an observer's state": (lambda d=d: observer_with(d), ValueError)
+       for d in ([0], [-3], [1.5], [np.inf], "12", 5)},
+    **{f"ends {e} of groups": (lambda e=e: groups_with(e), ValueError)
+       for e in ([1, 2], [[1.0, 2.0], [1.0]], [[np.nan], [1.0]], [[0.0], [np.inf]], [[2.0], [1.0]])},
     "an array as a state": (lambda: qn.FakeQuantize().load_state_dict(PLAIN), TypeError),
     "an array as parameters": (
         lambda: qn.FakeQuantize().load_state_dict(qn.FakeQuantize().state_dict() | {"params": PLAIN}), ValueError),
@@ -189,6 +211,44 @@ def test_an_axis_of_any_integer_type() -> None:
     scale = np.linspace(0.01, 0.1, COLUMNS)
     for axis in (np.uint8(1), np.int64(-1), -1):
         same([qn.quantize(PLAIN, scale, axis=axis)], [qn.quantize(PLAIN, scale, axis=1)])
+
+
+def trained_into(step: int, out: Any) -> Any:
+    fake = qn.FakeQuantize(qn.FakeQuantConfig(qn.QuantConfig.int8(), observer="min_max"))
+    return fake(PLAIN, out=out) if step == 0 else (fake(PLAIN), fake.backward(PLAIN + 1, out=out))[1]
+
+
+#: Every public function that writes to an array of the caller's, with the dtype that it writes.
+WRITERS: dict[str, tuple[type, Callable[[Any], Any]]] = {
+    "quantize": (np.int8, lambda out: qn.quantize(PLAIN, 0.02, out=out)),
+    "dequantize": (np.float32, lambda out: qn.dequantize(CODES, 0.1, out=out)),
+    "fake_quantize": (np.float32, lambda out: qn.fake_quantize(PLAIN, 0.02, out=out)),
+    "encode": (np.uint8, lambda out: qn.encode(PLAIN, "float8_e4m3fn", out=out)),
+    "decode": (np.float32, lambda out: qn.decode(CODES.view(np.uint8), "float8_e4m3fn", out=out)),
+    "FakeQuantize": (np.float32, lambda out: trained_into(0, out)),
+    "backward": (np.float32, lambda out: trained_into(1, out)),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_out_of_a_subclass_is_written_to_as_a_plain_one(writer: str) -> None:
+    dtype, write = WRITERS[writer]
+    expected = write(None)
+    for kind in (np.matrix, np.memmap, np.ndarray):
+        out = np.zeros((ROWS, COLUMNS), dtype).view(kind)
+        assert write(out) is out
+        same([np.asarray(out)], [expected])
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_out_that_would_hide_the_result_is_refused(writer: str) -> None:
+    dtype, write = WRITERS[writer]
+    with pytest.raises(TypeError, match="out is a masked array"):
+        write(np.ma.MaskedArray(np.zeros((ROWS, COLUMNS), dtype), PLAIN > 0))
+
+
+def test_noise_without_bounds() -> None:
+    assert qn.sqnr(PLAIN, np.full_like(PLAIN, np.inf)) == -np.inf
 
 
 @pytest.mark.parametrize("shape", [(0, COLUMNS), (0, 0, COLUMNS), (3, 0, COLUMNS)])

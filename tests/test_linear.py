@@ -556,6 +556,14 @@ def test_the_gate_gives_no_accumulators_that_are_not_sums() -> None:
         with pytest.raises(ValueError, match=r"acc64|accumulators"):
             layer._run(x, y, output)
         assert not y.any()
+    for output in ("acc32", "acc64"):  # a call would write the sums of all groups to where there is room for one
+        layer = _core.PackedLinear()
+        with pytest.raises(ValueError, match="accumulators"):
+            layer._pack(
+                np.zeros((4, 16), np.uint8), None, 16, 4, np.zeros((4, 16), np.uint8), None, None, format="int8",
+                scale_dtype="float32", code_range=(-127, 127), input="dynamic", activation=None, output=output,
+                in_params=(1.0, 0, 0, 255), out_params=(1.0, 0, 0, 255), signed_codes=True, wide=output == "acc64",
+            )  # fmt: skip
     low, high = np.full(1, np.inf, np.float32), np.full(1, -np.inf, np.float32)
     with pytest.raises(ValueError, match="layout"):  # a product that would wrap around to 8 elements
         _core.min_max(np.zeros(8, np.float32), ((1 << 61) + 1, 8, 1, 8, False, False), low, high)

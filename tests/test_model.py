@@ -627,6 +627,9 @@ def test_progress_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     qn.quantize_model(checkpoint(), progress=True)
     captured = capsys.readouterr()
     assert captured.out == "" and "11/11" in captured.err
+    qn.quantize_model({"\x1b]0;title\x07.weight": weights(3, 4)}, progress=True)
+    err = capsys.readouterr().err
+    assert "title" in err and "\x1b]" not in err and "\x07" not in err, "a file's names are anybody's"
     monkeypatch.setitem(sys.modules, "tqdm", None)
     with pytest.raises(ImportError, match=r"qnative\[progress\]"):
         qn.quantize_model(checkpoint(), progress=True)
@@ -1317,12 +1320,62 @@ def test_what_packing_takes_meanwhile_counts_too(tmp_path: Path) -> None:
             tracemalloc.stop()
 
 
+def test_what_is_packed_counts_until_it_is(tmp_path: Path) -> None:
+    """Eight rows take twice their bytes when packed, and are there themselves meanwhile."""
+    path = tmp_path / "m.safetensors"
+    for columns, fits in ((2_400_000, False), (1_900_000, True)):
+        q = qn.QuantizedTensor(
+            np.ones((8, columns), np.int8), np.ones(8, np.float32), np.zeros((), np.int8), (8, columns),
+            "float32", qn.QuantConfig.int8_per_channel(),
+        )  # fmt: skip
+        model = qn.QuantizedModel({"a": qn.QuantizedLinear.from_tensor(q)})
+        if not fits:
+            with pytest.raises(ValueError, match="a: packing grows"):
+                model.save(path)
+            continue
+        model.save(path)
+        tracemalloc.start()
+        try:
+            assert qn.QuantizedModel.load(path)["a"].in_features == columns
+            assert tracemalloc.get_traced_memory()[1] <= 2 * path.stat().st_size + (16 << 20)
+        finally:
+            tracemalloc.stop()
+
+
+def test_the_configuration_counts_too(tmp_path: Path) -> None:
+    """One character beyond 16 bits, and every one of a text takes four bytes."""
+    path, columns = tmp_path / "m.safetensors", 1_110_000  # packed by 16 rows: nearly all that 16 MiB allow
+    q = qn.quantize_tensor(weights(1, columns), qn.QuantConfig.int8_per_channel())
+    layer = qn.QuantizedLinear.from_tensor(q)
+    with pytest.raises(ValueError, match="a: packing grows"):
+        qn.QuantizedModel({"a": layer}, json.dumps("𝄞" + "x" * 600_000, ensure_ascii=False)).save(path)
+    qn.QuantizedModel({"a": layer}, json.dumps("x" * 600_000)).save(path)
+    tracemalloc.start()
+    try:
+        assert qn.QuantizedModel.load(path)["a"].in_features == columns
+        assert tracemalloc.get_traced_memory()[1] <= 2 * path.stat().st_size + (16 << 20)
+    finally:
+        tracemalloc.stop()
+
+
 @pytest.mark.parametrize("config", [qn.QuantConfig.int8_per_channel(), qn.QuantConfig.int4_per_group(64)], ids=str)
 def test_loading_stays_within_twice_the_file(config: qn.QuantConfig, tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
     qn.quantize_model({"a.weight": weights(1 << 18, 64), "b.weight": weights(1 << 16, 128)}, config).save(path)
     model, peak = load_traced(path)
     assert len(model) == 2 and peak <= 2 * path.stat().st_size + (1 << 20)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_name_that_no_reader_takes_is_not_saved(suffix: str, tmp_path: Path) -> None:
+    """The old file stays, instead of one that `load` refuses."""
+    path = tmp_path / f"m{suffix}"
+    qn.quantize_model({"a.weight": weights(3, 4)}).save(path)
+    for name in ("\udcff.weight", "\ud800"):
+        with pytest.raises(ValueError, match="half a character"):
+            qn.quantize_model({name: weights(3, 4)}).save(path)
+    assert list(qn.QuantizedModel.load(path, verify=True)) == ["a"]
+    assert os.listdir(tmp_path) == [path.name]
 
 
 def test_paths_of_bytes(tmp_path: Path) -> None:

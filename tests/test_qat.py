@@ -6,6 +6,7 @@ import math
 import pickle
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -719,3 +720,30 @@ def test_what_the_document_shows_runs(block: str) -> None:
         warnings.simplefilter("ignore")
         exec(block, namespace)
     assert namespace["layer"](np.ones((1, 64), np.float32)).shape == (1, 16)
+
+
+HOSTILE_STATES: dict[str, Callable[[dict[str, Any]], None]] = {
+    "a quantizer that is none": lambda state: state.update(input_quantizer=None),
+    "a part of one that is none": lambda state: state["input_quantizer"].update(observer=5),
+    "dimensions without end": lambda state: state["input_quantizer"]["observer"].update(dimensions=[np.inf]),
+    "weights of text": lambda state: state.update(weight=np.full((6, 8), "x")),
+    "weights of objects": lambda state: state.update(weight=np.full((6, 8), None)),
+    "complex weights": lambda state: state.update(weight=state["weight"] * 1j),
+    "a bias of text": lambda state: state.update(bias=["x"] * 6),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE_STATES)
+def test_a_state_that_is_refused_changes_nothing(what: str) -> None:
+    def trained(factor: float) -> qn.QATLinear:
+        x = np.linspace(-factor, factor, 48, dtype=np.float32).reshape(6, 8)
+        layer = qn.QATLinear(x, np.zeros(6, np.float32), weight=qn.FakeQuantConfig(qn.QuantConfig.int8_per_channel()))
+        layer(x)
+        return layer
+
+    layer, state = trained(1), trained(3).state_dict()
+    before = pickle.dumps(layer.state_dict())
+    HOSTILE_STATES[what](state)
+    with pytest.raises((ValueError, TypeError)):
+        layer.load_state_dict(state)
+    assert pickle.dumps(layer.state_dict()) == before

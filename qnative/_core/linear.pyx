@@ -58,7 +58,7 @@ cdef dict ACTIVATIONS = {
 cdef const qn_kernel *kernel_named(str name) except NULL:
     cdef Py_ssize_t i = 0
     while qn_kernels[i] is not NULL:
-        if qn_kernels[i].name == name.encode():
+        if qn_kernels[i].name.decode() == name:
             if not qn_kernels[i].usable():
                 raise RuntimeError(f"this CPU cannot run {name!r}; usable: {', '.join(n for n, u in isas().items() if u)}")
             return qn_kernels[i]
@@ -265,6 +265,8 @@ cdef class PackedLinear:
         cdef bint packed, small
         if self.w.data is not NULL:
             raise RuntimeError("the weights are packed already, and another thread may be reading them; make a new layer")
+        if output.startswith("acc"):
+            raise ValueError(f"a layer's output is not {output}; _run gives accumulators")
         if (codes is None) == (values is None) or (values is not None and format != "int8"):
             raise ValueError("give codes, or for int8 values")
         memset(&w, 0, sizeof(w))
