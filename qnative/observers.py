@@ -19,7 +19,7 @@ from qnative.config import ObserverMethod, QParams, QuantConfig, QuantGranularit
 from qnative.floats import as_float_array, plain_array
 from qnative.granularity import Granules, block_min_max
 from qnative.ranges import kl_range, mean_std_range, mse_range, mse_range_of_rows, percentile_range
-from qnative.streams import F64, Averages, Ends, Histogram, Moments, Statistic, find_ends, rows_of
+from qnative.streams import F64, I64, Averages, Ends, Histogram, Moments, Statistic, find_ends, rows_of
 
 __all__ = [
     "CalibrationCollector",
@@ -34,6 +34,8 @@ __all__ = [
     "observe_once",
 ]
 
+#: Values from which on a batch is counted by itself and then merged: that takes as long as counting half a million.
+ONCE = 1 << 21
 DEFAULT_PERCENTILE = 99.99
 DEFAULT_SIGMA = 3.0
 DEFAULT_AVERAGING_CONSTANT = 0.01
@@ -137,13 +139,12 @@ class Observer(ABC):
         if x.size == 0:
             as_float_array(x)  # for its judgement of the dtype
             return
+        if self.axis is None and x.size >= ONCE and self._histogram_alone:
+            self.merge(self._of_one_reading(x))
+            return
         low, high, count = find_ends(x, self.axis, channels)
         skipped = x.size // channels - count
-        if self.nonfinite == "raise" and skipped.any():
-            raise ValueError(
-                f"{skipped.sum()} of {x.size} values are NaN or infinite and have no place in a range; clean the data, "
-                "or make the observer with nonfinite='skip' to skip and count them"
-            )
+        self._judge(skipped, x.size)
         self._torn = True  # until all of the batch is counted
         if self._channels is None:
             self._allocate(channels)
@@ -167,6 +168,33 @@ class Observer(ABC):
         for statistic in self._statistics.values():
             statistic.finish()
         self._torn = False
+
+    def _judge(self, skipped: I64, size: int) -> None:
+        if self.nonfinite == "raise" and skipped.any():
+            raise ValueError(
+                f"{skipped.sum()} of {size} values are NaN or infinite and have no place in a range; clean the data, "
+                "or make the observer with nonfinite='skip' to skip and count them"
+            )
+
+    @property
+    def _histogram_alone(self) -> bool:
+        """Whether a histogram is all that the method keeps."""
+        statistics = list(self._new_statistics(1).values())
+        return len(statistics) == 1 and isinstance(statistics[0], Histogram)
+
+    def _of_one_reading(self, x: NDArray[Any]) -> Self:
+        """Return an observer of a batch alone, which may still be refused, so that one reading is enough."""
+        batch = type(self)(self.axis, **{name: getattr(self, name) for name in self.options})
+        batch._allocate(1)
+        (histogram,) = batch._statistics.values()
+        assert isinstance(histogram, Histogram)
+        for rows in rows_of(x, None, x.size, 0):
+            low, high, count = histogram.read(rows[0])
+            batch._low[0], batch._high[0] = min(low, batch._low[0]), max(high, batch._high[0])
+            batch._count += count
+            batch._skipped += rows.size - count
+        self._judge(batch._skipped, x.size)
+        return batch
 
     def _check_torn(self) -> None:
         if self._torn:

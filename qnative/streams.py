@@ -208,6 +208,20 @@ class Histogram(Statistic):
         """Count values."""
         _core.histogram(rows, SIDE_BITS - self.exponent, self.counts, self.zeros)
 
+    def read(self, x: NDArray[Any]) -> tuple[float, float, int]:
+        """Count the values of the one channel that there is, (n,), reading them once: it grows on the way.
+
+        Returns the ends of what is finite, inf and -inf if nothing is, and how many values are.
+        """
+        ends = np.array([np.inf, -np.inf])
+        done = bad = 0
+        while done < len(x):
+            power = SIDE_BITS - int(self.exponent[0])
+            taken, skipped = _core.histogram_while_it_fits(x[done:], power, self.counts[0], self.zeros, ends)
+            done, bad = done + taken, bad + skipped
+            self.start(ends[:1], ends[1:])
+        return float(ends[0]) + 0.0, float(ends[1]) + 0.0, len(x) - bad
+
     def agrees(self, low: F64, high: F64, count: I64) -> bool:
         """Whether the widths are those of the ends, and the counts add up."""
         return bool(

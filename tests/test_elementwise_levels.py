@@ -277,6 +277,45 @@ def test_histogram_at_every_level(channels: int, n: int, seed: int, wide: bool) 
     ref.assert_same_bits(counts, expected)
 
 
+@given(
+    n=st.sampled_from([0, 1, 127, 128, 129, 2047, 2049, 4096, 70_001]),
+    seed=st.integers(0, 1 << 32),
+    wide=st.booleans(),
+    power=st.integers(-120, 140),
+)
+def test_histogram_while_it_fits_at_every_level(n: int, seed: int, wide: bool, power: int) -> None:
+    """It stops before what has no bin and no sooner than need be: a block, or a stretch of the rest."""
+    rng = np.random.default_rng(seed)
+    x = hard_values(rng, n, np.float64(1))
+    x[rng.random(n) < 0.3] = 0.0
+    limit = np.ldexp(np.longdouble(1), 13 - power)
+    beyond = np.isfinite(x) & (np.abs(x.astype(np.longdouble)) >= limit)
+    x[beyond & (np.arange(n) < n * rng.random())] = 0.0
+    x = x.astype(np.float64) if wide else x
+    beyond = np.isfinite(x) & (np.abs(x.astype(np.longdouble)) >= limit)
+
+    def run() -> tuple[Array, ...]:
+        counts, zeros, ends = np.ones((2, 8192), np.int64), np.ones(1, np.int64), np.array([np.inf, -np.inf])
+        taken, bad = _core.histogram_while_it_fits(x, power, counts, zeros, ends)
+        return counts, zeros, ends, np.array([taken, bad])
+
+    counts, zeros, ends, (taken, bad) = at_every_level(run)
+    first = int(np.argmax(beyond)) if beyond.any() else n
+    assert first - 512 < taken <= first
+    done = x[:taken]
+    assert bad == np.count_nonzero(~np.isfinite(done))
+    expected, expected_zeros = np.ones((1, 2, 8192), np.int64), np.ones(1, np.int64)
+    _core.histogram(done[None], np.array([power]), expected, expected_zeros)
+    ref.assert_same_bits(counts, expected[0])
+    ref.assert_same_bits(zeros, expected_zeros)
+    finite = done[np.isfinite(done)]
+    least, most = min(finite, default=np.inf), max(finite, default=-np.inf)
+    if taken == n:
+        assert tuple(ends) == (least, most)
+    else:
+        assert ends[0] <= least and ends[1] >= most and max(-ends[0], ends[1]) >= limit
+
+
 def test_histogram_counts_more_than_a_small_counter_holds() -> None:
     x = np.full((1, 300_000), 1.5, np.float32)
     x[0, ::3] = 0.0
@@ -368,6 +407,8 @@ def test_nothing_outside_the_arrays_is_touched(at: str, guarded: Guarded, level:
         _core.encode(x, "bfloat16", False, words)
         _core.decode(words, "bfloat16", values)
         _core.histogram(x.reshape(1, -1), np.array([9]), np.zeros((1, 2, 8192), np.int64), np.zeros(1, np.int64))
+        ends = np.array([np.inf, -np.inf])
+        _core.histogram_while_it_fits(x, 9, np.zeros((2, 8192), np.int64), np.zeros(1, np.int64), ends)
 
 
 def test_out_of_encode_and_decode() -> None:
@@ -405,6 +446,9 @@ def test_wrong_sizes_are_refused() -> None:
         lambda: _core.histogram(
             x[None], np.zeros(1, np.int64), np.zeros((1, 2, 4096), np.int64), np.zeros(1, np.int64)
         ),
+        lambda: _core.histogram_while_it_fits(x, 9, np.zeros((2, 4096), np.int64), np.zeros(1, np.int64), np.zeros(2)),
+        lambda: _core.histogram_while_it_fits(x, 9, np.zeros((2, 8192), np.int64), np.zeros(2, np.int64), np.zeros(2)),
+        lambda: _core.histogram_while_it_fits(x, 9, np.zeros((2, 8192), np.int64), np.zeros(1, np.int64), np.zeros(1)),
     ):
         with pytest.raises(ValueError):
             call()

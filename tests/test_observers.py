@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
+from qnative import observers
 from qnative.config import ObserverMethod, QParams, QuantConfig, qparams_from_range
 from qnative.elementwise import fake_quantize, sqnr
 from qnative.observers import CalibrationCollector, MinMaxObserver, Observer, make_observer, observe_once
@@ -319,6 +320,59 @@ def test_an_array_larger_than_the_working_block_is_seen_whole(axis: int | None) 
     # A batch is one call, whatever its size.
     average = observed("moving_average", x, axis=axis)
     np.testing.assert_array_equal(average.max_val, x.max(axis=None if axis is None else 1 - axis))
+
+
+def rising(n: int) -> NDArray[Any]:
+    """Values whose histogram has to grow over and over, on both sides."""
+    return np.exp2(np.linspace(-140, 120, n)) * np.where(np.arange(n) % 3, 1, -0.7)
+
+
+@pytest.mark.parametrize("method", ["kl", "mse", "percentile"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+@pytest.mark.parametrize("kind", ["normal", "rising", "falling", "zeros", "negative", "strided"])
+def test_a_large_batch_is_read_once_and_counted_the_same(
+    method: str, dtype: type, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(4)
+    n = 70_001
+    x = {
+        "normal": lambda: rng.standard_normal(n),
+        "rising": lambda: rising(n),
+        "falling": lambda: rising(n)[::-1].copy(),
+        "zeros": lambda: np.where(rng.random(n) < 0.5, 0.0, -0.0),
+        "negative": lambda: -1.0 - rng.random(n),
+        "strided": lambda: rng.standard_normal((n, 2)).T[1],
+    }[kind]()
+    with np.errstate(over="ignore"):
+        x = np.clip(x, -6e4, 6e4).astype(dtype) if dtype is np.float16 else x.astype(dtype)
+    twice = observed(method, x[:10], x)
+    with monkeypatch.context() as patch:
+        patch.setattr(observers, "ONCE", n)
+        patch.setattr(observers, "find_ends", None)
+        once = observed(method, x)
+    assert_same_state(once.merge(observed(method, x[:10])), twice)
+    assert not np.signbit(once.min_val) or once.min_val < 0
+    assert not np.signbit(once.max_val) or once.max_val < 0
+
+
+def test_what_is_not_finite_in_a_large_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(observers, "ONCE", 5000)
+    rng = np.random.default_rng(5)
+    for dtype in (np.float32, np.float64):
+        x = rng.standard_normal(9001).astype(dtype)
+        for at, value in ((0, np.nan), (63, -np.inf), (64, np.inf), (4000, np.nan), (9000, np.inf)):
+            x[at] = value
+        strict, lenient = observed("kl", x[1:9]), make_observer("kl", nonfinite="skip")
+        before = strict.state_dict()
+        with pytest.raises(ValueError, match="5 of 9001 values are NaN or infinite"):
+            strict.observe(x)
+        for name, value in before.items():
+            np.testing.assert_array_equal(strict.state_dict()[name], value)
+        lenient.observe(x)
+        assert (lenient.count, lenient.skipped) == (8996, 5)
+        assert (lenient.min_val, lenient.max_val) == (x[np.isfinite(x)].min(), x[np.isfinite(x)].max())
+        clean = observed("kl", x[np.isfinite(x)])
+        reference.assert_same_bits(histogram_of(lenient).counts, histogram_of(clean).counts)
 
 
 @given(hnp.arrays(np.float32, hnp.array_shapes(max_dims=3, max_side=5), elements=st.floats(-8, 8, width=32)))

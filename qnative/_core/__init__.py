@@ -12,7 +12,7 @@ levels        level level_of usable_levels use_level
 linear        PackedLinear activate isa isas cpu_features row_ranges scratch_kept
 limits        compute_loops run_compute_loop read_loops run_read_loop move_loops run_move_loop
               read_float32
-statistics    count_nonfinite min_max histogram histogram_of_codes squared_sums
+statistics    count_nonfinite min_max histogram histogram_while_it_fits histogram_of_codes squared_sums
 threads       MAX_THREADS get_num_threads set_num_threads set_default_threads (compiled as qnative_threads)
 """
 
@@ -38,7 +38,14 @@ from qnative._core.limits import (
 )
 from qnative._core.linear import PackedLinear, activate, cpu_features, isa, isas, row_ranges, scratch_kept
 from qnative._core.qnative_threads import MAX_THREADS, get_num_threads, set_default_threads, set_num_threads
-from qnative._core.statistics import count_nonfinite, histogram, histogram_of_codes, min_max, squared_sums
+from qnative._core.statistics import (
+    count_nonfinite,
+    histogram,
+    histogram_of_codes,
+    histogram_while_it_fits,
+    min_max,
+    squared_sums,
+)
 
 __all__ = [
     "MAX_THREADS",
@@ -58,6 +65,7 @@ __all__ = [
     "get_num_threads",
     "histogram",
     "histogram_of_codes",
+    "histogram_while_it_fits",
     "isa",
     "isas",
     "level",

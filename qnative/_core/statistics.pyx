@@ -6,6 +6,8 @@ every number: so that neither the order of comparing nor the instruction level s
 """
 
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
+from libc.float cimport FLT_MAX
+from libc.math cimport INFINITY, ldexp
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
@@ -272,11 +274,12 @@ def count_nonfinite(const real[::1] x not None):
 # Histograms
 
 cdef enum:
-    SIDE = 8192           # bins of a side
+    SIDE_BITS = 13
+    SIDE = 1 << SIDE_BITS  # bins of a side
     SPARE = 2 * SIDE      # where zeros are counted, in turns, and then what is not finite
     ZEROS = 16
     SLOTS = SPARE + ZEROS + 1
-    BLOCK = 64            # values whose bins are found while those of the ones before are counted
+    BLOCK = 128           # values whose bins are found while those of the ones before are counted
     WORDS = 8
     CHUNK = 4 * WORDS     # bins looked at together for whether they are empty
     FEW = 2048            # values for which counters of 16 bits do not pay
@@ -288,19 +291,49 @@ cdef struct Bins:
     double first_wide, second_wide
 
 
-cdef inlined slots_of(const float *x, Py_ssize_t n, Bins b, uint16_t *slots) noexcept nogil:
-    cdef uint32_t i, bits, magnitude, slot
+cdef struct Ends:
+    bint sought           # or it is known that all values have bins
+    double low, high      # of what is finite so far; inf and -inf of nothing
+    double limit          # magnitudes for which there are bins are less
+    Py_ssize_t bad        # NaN, infinities
+
+
+cdef bint widen_ends(const real *x, Py_ssize_t n, Ends *ends) noexcept nogil:
+    """Return whether there are bins for all that is finite."""
+    cdef double low = ends.low, high = ends.high, v
+    cdef Py_ssize_t i
+    for i in range(n):
+        v = x[i]
+        if -INFINITY < v < INFINITY:
+            low, high = min(low, v), max(high, v)
+    ends.low, ends.high = low, high
+    return -low < ends.limit and high < ends.limit
+
+
+cdef inlined slots_of(
+    const float *x, Py_ssize_t n, Bins b, float low, float high, uint16_t *slots, uint32_t *beyond
+) noexcept nogil:
+    """Find the counters of values; whether one lies beyond low or high, or is a NaN, whose counter is not found."""
+    cdef uint32_t i, bits, magnitude, out = 0
     cdef float size
     for i in range(<uint32_t>n):
         memcpy(&bits, &x[i], 4)
         magnitude = bits & 0x7FFFFFFFu
         memcpy(&size, &magnitude, 4)
+        out |= <uint32_t>(not x[i] >= low) | <uint32_t>(not x[i] <= high)
         size = size * b.first * b.second
         size = size if size < <float>(SIDE - 1) else <float>(SIDE - 1)  # and NaN
-        slot = <uint32_t><int32_t>size + (SIDE - ((bits >> 31) << 13))
-        slot = slot if magnitude != 0 else SPARE + (i & (ZEROS - 1))
-        slot = slot if magnitude < 0x7F800000u else SPARE + ZEROS
-        slots[i] = <uint16_t>slot
+        magnitude = <uint32_t><int32_t>size | (~bits >> 18 & SIDE)
+        slots[i] = <uint16_t>magnitude if bits << 1 != 0 else <uint16_t>(<uint16_t>SPARE | (<uint16_t>i & <uint16_t>(ZEROS - 1)))
+    beyond[0] = out
+
+
+cdef void put_aside(const float *x, Py_ssize_t n, uint16_t *slots) noexcept nogil:
+    """What is not finite."""
+    cdef Py_ssize_t i
+    for i in range(n):
+        if not -FLT_MAX <= x[i] <= FLT_MAX:
+            slots[i] = SPARE + ZEROS
 
 
 cdef inlined count_slots(const uint16_t *slots, uint16_t *few) noexcept nogil:
@@ -315,7 +348,7 @@ cdef inlined count_slots(const uint16_t *slots, uint16_t *few) noexcept nogil:
         few[four >> 48] += 1
 
 
-cdef inlined spill(uint16_t *few, int64_t *counts, int64_t *zeros) noexcept nogil:
+cdef inlined spill(uint16_t *few, int64_t *counts, int64_t *zeros, Ends *ends) noexcept nogil:
     """Add small counters to the counts and clear them. Most bins are empty, most of the time."""
     cdef Py_ssize_t i = 0, k
     cdef uint64_t some[WORDS]
@@ -332,57 +365,67 @@ cdef inlined spill(uint16_t *few, int64_t *counts, int64_t *zeros) noexcept nogi
         i += CHUNK
     for i in range(SPARE, SPARE + ZEROS):
         zeros[0] += few[i]
+    ends.bad += few[SPARE + ZEROS]
     memset(few + SPARE, 0, (SLOTS - SPARE) * sizeof(uint16_t))
 
 
-cdef inlined tally(const float *x, Py_ssize_t n, Bins b, uint16_t *few, int64_t *counts, int64_t *zeros) noexcept nogil:
-    """Count whole blocks, MANY values at most. The vectors of a block and the counters of the one before have little to do with each other."""
-    cdef uint16_t one[BLOCK]
-    cdef uint16_t other[BLOCK]
+cdef inlined tally(
+    const float *x, Py_ssize_t n, Bins b, uint16_t *few, int64_t *counts, int64_t *zeros, Ends *ends, Py_ssize_t *done
+) noexcept nogil:
+    """Count whole blocks, MANY values at most, up to one for which there are no bins. The vectors of a block and the counters of the one
+    before have little to do with each other."""
+    cdef uint16_t slots[2][BLOCK]
+    cdef float low = -FLT_MAX, high = FLT_MAX
+    cdef uint32_t beyond
     cdef Py_ssize_t i = 0
-    slots_of(x, BLOCK, b, one)
-    while i + 2 * BLOCK < n:
-        fetch(x + i, 2 * BLOCK * sizeof(float))
-        slots_of(x + i + BLOCK, BLOCK, b, other)
-        count_slots(one, few)
-        slots_of(x + i + 2 * BLOCK, BLOCK, b, one)
-        count_slots(other, few)
-        i += 2 * BLOCK
-    count_slots(one, few)
-    if i + BLOCK < n:
-        slots_of(x + i + BLOCK, BLOCK, b, other)
-        count_slots(other, few)
-    spill(few, counts, zeros)
+    if ends.sought:
+        low, high = <float>ends.low, <float>ends.high
+    while i < n:
+        fetch(x + i, BLOCK * sizeof(float))
+        slots_of(x + i, BLOCK, b, low, high, slots[i // BLOCK & 1], &beyond)
+        if beyond:
+            if ends.sought:
+                if not widen_ends(x + i, BLOCK, ends):
+                    break
+                low, high = <float>ends.low, <float>ends.high
+            put_aside(x + i, BLOCK, slots[i // BLOCK & 1])
+        if i:
+            count_slots(slots[(i // BLOCK & 1) ^ 1], few)
+        i += BLOCK
+    done[0] = i
+    if i:
+        count_slots(slots[(i // BLOCK & 1) ^ 1], few)
+        spill(few, counts, zeros, ends)
 
 
 cdef at_baseline tally_baseline(
-    const float *x, Py_ssize_t n, Bins b, uint16_t *few, int64_t *counts, int64_t *zeros
+    const float *x, Py_ssize_t n, Bins b, uint16_t *few, int64_t *counts, int64_t *zeros, Ends *ends, Py_ssize_t *done
 ) noexcept nogil:
-    tally(x, n, b, few, counts, zeros)
+    tally(x, n, b, few, counts, zeros, ends, done)
 
 
 cdef at_avx2 tally_avx2(
-    const float *x, Py_ssize_t n, Bins b, uint16_t *few, int64_t *counts, int64_t *zeros
+    const float *x, Py_ssize_t n, Bins b, uint16_t *few, int64_t *counts, int64_t *zeros, Ends *ends, Py_ssize_t *done
 ) noexcept nogil:
-    tally(x, n, b, few, counts, zeros)
+    tally(x, n, b, few, counts, zeros, ends, done)
 
 
 cdef at_avx512 tally_avx512(
-    const float *x, Py_ssize_t n, Bins b, uint16_t *few, int64_t *counts, int64_t *zeros
+    const float *x, Py_ssize_t n, Bins b, uint16_t *few, int64_t *counts, int64_t *zeros, Ends *ends, Py_ssize_t *done
 ) noexcept nogil:
-    tally(x, n, b, few, counts, zeros)
+    tally(x, n, b, few, counts, zeros, ends, done)
 
 
-cdef at_baseline slots_baseline(const float *x, Py_ssize_t n, Bins b, uint16_t *slots) noexcept nogil:
-    slots_of(x, n, b, slots)
+cdef at_baseline slots_baseline(const float *x, Py_ssize_t n, Bins b, uint16_t *slots, uint32_t *bad) noexcept nogil:
+    slots_of(x, n, b, -FLT_MAX, FLT_MAX, slots, bad)
 
 
-cdef at_avx2 slots_avx2(const float *x, Py_ssize_t n, Bins b, uint16_t *slots) noexcept nogil:
-    slots_of(x, n, b, slots)
+cdef at_avx2 slots_avx2(const float *x, Py_ssize_t n, Bins b, uint16_t *slots, uint32_t *bad) noexcept nogil:
+    slots_of(x, n, b, -FLT_MAX, FLT_MAX, slots, bad)
 
 
-cdef at_avx512 slots_avx512(const float *x, Py_ssize_t n, Bins b, uint16_t *slots) noexcept nogil:
-    slots_of(x, n, b, slots)
+cdef at_avx512 slots_avx512(const float *x, Py_ssize_t n, Bins b, uint16_t *slots, uint32_t *bad) noexcept nogil:
+    slots_of(x, n, b, -FLT_MAX, FLT_MAX, slots, bad)
 
 
 cdef void slots_wide(const double *x, Py_ssize_t n, Bins b, uint16_t *slots) noexcept nogil:
@@ -399,55 +442,78 @@ cdef void slots_wide(const double *x, Py_ssize_t n, Bins b, uint16_t *slots) noe
         slots[i] = <uint16_t>(slot if bits << 1 < <uint64_t>0x7FF << 53 else SPARE + ZEROS)
 
 
+cdef void tally_wide(
+    const double *x, Py_ssize_t n, Bins b, uint16_t *few, int64_t *counts, int64_t *zeros, Ends *ends, Py_ssize_t *done
+) noexcept nogil:
+    cdef uint16_t slots[BLOCK]
+    cdef Py_ssize_t i = 0
+    while i < n:
+        if ends.sought and not widen_ends(x + i, BLOCK, ends):
+            break
+        slots_wide(x + i, BLOCK, b, slots)
+        count_slots(slots, few)
+        i += BLOCK
+    done[0] = i
+    spill(few, counts, zeros, ends)
+
+
 cdef void find_slots(const real *x, Py_ssize_t n, Bins b, uint16_t *slots, int level) noexcept nogil:
+    cdef uint32_t bad
     if real is double:
         slots_wide(x, n, b, slots)
-    elif level == AVX512:
-        slots_avx512(x, n, b, slots)
-    elif level == AVX2:
-        slots_avx2(x, n, b, slots)
     else:
-        slots_baseline(x, n, b, slots)
+        if level == AVX512:
+            slots_avx512(x, n, b, slots, &bad)
+        elif level == AVX2:
+            slots_avx2(x, n, b, slots, &bad)
+        else:
+            slots_baseline(x, n, b, slots, &bad)
+        if bad:
+            put_aside(x, n, slots)
 
 
-cdef void count_each(
-    const real *x, Py_ssize_t n, Bins b, int64_t *counts, int64_t *zeros, int level
+cdef Py_ssize_t count_each(
+    const real *x, Py_ssize_t n, Bins b, int64_t *counts, int64_t *zeros, Ends *ends, int level
 ) noexcept nogil:
     """Without small counters."""
-    cdef uint16_t slots[8 * BLOCK]
+    cdef uint16_t slots[4 * BLOCK]
     cdef Py_ssize_t i = 0, k, size
     while i < n:
-        size = min(n - i, <Py_ssize_t>(8 * BLOCK))
+        size = min(n - i, <Py_ssize_t>(4 * BLOCK))
+        if ends.sought and not widen_ends(x + i, size, ends):
+            break
         find_slots(x + i, size, b, slots, level)
         for k in range(size):
             if slots[k] < SPARE:
                 counts[slots[k]] += 1
             elif slots[k] < SPARE + ZEROS:
                 zeros[0] += 1
+            else:
+                ends.bad += 1
         i += size
+    return i
 
 
-cdef void count_values(
-    const real *x, Py_ssize_t n, Bins b, uint16_t *few, int64_t *counts, int64_t *zeros
+cdef Py_ssize_t count_values(
+    const real *x, Py_ssize_t n, Bins b, uint16_t *few, int64_t *counts, int64_t *zeros, Ends *ends
 ) noexcept nogil:
-    cdef uint16_t slots[BLOCK]
-    cdef Py_ssize_t i = 0, k, size, whole = n // BLOCK * BLOCK if n > FEW else 0
+    """Return how many were counted: not all if there are some for which there are no bins."""
+    cdef Py_ssize_t i = 0, size, done, whole = n // BLOCK * BLOCK if n > FEW else 0
     cdef int level = chosen_level()
     while i < whole:
         size = min(whole - i, <Py_ssize_t>MANY)
         if real is double:
-            for k in range(size // BLOCK):
-                find_slots(x + i + k * BLOCK, BLOCK, b, slots, level)
-                count_slots(slots, few)
-            spill(few, counts, zeros)
+            tally_wide(x + i, size, b, few, counts, zeros, ends, &done)
         elif level == AVX512:
-            tally_avx512(x + i, size, b, few, counts, zeros)
+            tally_avx512(x + i, size, b, few, counts, zeros, ends, &done)
         elif level == AVX2:
-            tally_avx2(x + i, size, b, few, counts, zeros)
+            tally_avx2(x + i, size, b, few, counts, zeros, ends, &done)
         else:
-            tally_baseline(x + i, size, b, few, counts, zeros)
-        i += size
-    count_each(x + whole, n - whole, b, counts, zeros, level)
+            tally_baseline(x + i, size, b, few, counts, zeros, ends, &done)
+        i += done
+        if done < size:
+            return i
+    return i + count_each(x + i, n - i, b, counts, zeros, ends, level)
 
 
 cdef double power_of_two(int64_t exponent) noexcept nogil:
@@ -468,6 +534,14 @@ cdef Bins bins_of(int64_t power, bint wide) noexcept nogil:
     return b
 
 
+cdef uint16_t *new_counters() except NULL:
+    cdef uint16_t *few = <uint16_t *>PyMem_RawMalloc(SLOTS * sizeof(uint16_t))
+    if few is NULL:
+        raise MemoryError("histogram: 32 KiB of counters")
+    memset(few, 0, SLOTS * sizeof(uint16_t))
+    return few
+
+
 def histogram(
     const real[:, ::1] x not None, const int64_t[::1] power not None, int64_t[:, :, ::1] counts not None,
     int64_t[::1] zeros not None,
@@ -480,26 +554,58 @@ def histogram(
     """
     cdef Py_ssize_t c, channels = x.shape[0], n = x.shape[1], i, step = 1 << 20
     cdef uint16_t *few
+    cdef Ends ends
+    ends.sought = False
     if power.shape[0] != channels or zeros.shape[0] != channels or counts.shape[0] != channels:
         raise ValueError(f"histogram: {channels} channels in x, not so many elsewhere")
     if counts.shape[1] != 2 or counts.shape[2] != SIDE:
         raise ValueError(f"histogram: counts must be [{channels}, 2, {SIDE}]")
     if channels == 0 or n == 0:
         return
-    few = <uint16_t *>PyMem_RawMalloc(SLOTS * sizeof(uint16_t))
-    if few is NULL:
-        raise MemoryError("histogram: 32 KiB of counters")
-    memset(few, 0, SLOTS * sizeof(uint16_t))
+    few = new_counters()
     try:
         for i in range(0, n, step):
             with nogil:
                 for c in range(channels):
                     count_values(
-                        &x[c, i], min(n - i, step), bins_of(power[c], real is double), few, &counts[c, 0, 0], &zeros[c]
+                        &x[c, i], min(n - i, step), bins_of(power[c], real is double), few, &counts[c, 0, 0], &zeros[c], &ends
                     )
             PyErr_CheckSignals()
     finally:
         PyMem_RawFree(few)
+
+
+def histogram_while_it_fits(
+    const real[::1] x not None, int64_t power, int64_t[:, ::1] counts not None, int64_t[::1] zeros not None,
+    double[::1] ends not None,
+):
+    """Count values of one channel, x : real[n], as `histogram` does, up to those beyond the last bin.
+
+    counts : int64[2, 8192] and zeros : int64[1] are added to. ends : float64[2], least and greatest, are widened to all finite
+    values that were looked at, so also to those beyond the last bin. Returns how many values are done with, and how many of
+    them are NaN or infinite.
+    """
+    cdef Py_ssize_t i = 0, done, size, n = x.shape[0], step = 1 << 20
+    cdef Ends found
+    cdef uint16_t *few
+    if counts.shape[0] != 2 or counts.shape[1] != SIDE or zeros.shape[0] != 1 or ends.shape[0] != 2:
+        raise ValueError(f"histogram: counts must be [2, {SIDE}], zeros [1] and ends [2]")
+    found.sought, found.low, found.high, found.bad = True, ends[0], ends[1], 0
+    found.limit = ldexp(1.0, <int>min(max(SIDE_BITS - power, <int64_t>-1100), <int64_t>1100))
+    few = new_counters()
+    try:
+        while i < n:
+            size = min(n - i, step)
+            with nogil:
+                done = count_values(&x[i], size, bins_of(power, real is double), few, &counts[0, 0], &zeros[0], &found)
+            i += done
+            if done < size:
+                break
+            PyErr_CheckSignals()
+    finally:
+        PyMem_RawFree(few)
+    ends[0], ends[1] = found.low, found.high
+    return i, found.bad
 
 
 def histogram_of_codes(const uint8_t[::1] codes not None, int64_t[::1] out not None):
