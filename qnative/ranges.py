@@ -26,7 +26,7 @@ BLOCK = 1 << 17
 ROWS = 32
 #: The search for the least squared error, with one threshold and with a pair: steps an octave at first, and how often
 #: they are halved (to 0.3% of the threshold).
-COARSE_CELLS = {1: 16, 2: 2}
+COARSE_CELLS = {1: 16, 2: 3}
 HALVINGS = {1: 4, 2: 7}
 
 

@@ -236,6 +236,13 @@ class QuantizedTensor:
         values = _decode(self.codes, self.config.info, self.scale, self.zero_point, granules)
         return cast_floats(values, float_dtype(self.dtype))
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        """Decode, where NumPy is given the tensor as it is: ``numpy.asarray(q)`` has its values."""
+        if copy is False:
+            raise ValueError("the values of a QuantizedTensor are decoded, which makes an array; leave out copy=False")
+        values = self.dequantize()
+        return values if dtype is None else values.astype(dtype, copy=False)
+
     def take(self, rows: ArrayLike) -> NDArray[Any]:
         """Decode only some rows: an embedding look-up.
 

@@ -148,6 +148,17 @@ def test_take_decodes_only_those_rows(case: tuple[NDArray[Any], Any], data: st.D
     ref.assert_same_bits(q.take(rows), q.dequantize()[rows], repr(config))
 
 
+def test_numpy_sees_the_values() -> None:
+    x = np.random.default_rng(6).standard_normal((4, 40), np.float32)
+    for config in (qn.QuantConfig.int8_per_channel(), qn.QuantConfig.int4_per_group(32)):
+        q = qn.quantize_tensor(x, config)
+        ref.assert_same_bits(np.asarray(q), q.dequantize())
+        ref.assert_same_bits(np.array(q, np.float64), q.dequantize().astype(np.float64))
+        np.testing.assert_allclose(q, x, atol=0.5)
+        with pytest.raises(ValueError, match="decoded"):
+            np.asarray(q, copy=False)
+
+
 def test_take_refuses_what_is_not_a_row() -> None:
     q = qn.quantize_tensor(np.ones((5, 3), np.float32), qn.QuantConfig.int8_per_channel())
     for rows in ([5], [0, 99], [-6]):
