@@ -11,7 +11,7 @@ int qn_sums_groups(const qn_kernel *kernel, const qn_call *c) {
            c->input != QN_INPUT_FLOAT && c->output != QN_OUTPUT_ACC32 && c->w->bias != QN_BIAS_INT32;
 }
 
-static int64_t groups_of_piece(const qn_weights *w) { return qn_min64(w->groups, PIECE_K / w->group_k); }
+static int64_t groups_of_piece(const qn_weights *w) { return qn_min64(w->groups, qn_quotient(PIECE_K, w->group_k)); }
 
 /* | codes of a piece | its terms | totals of a block's rows |, each 64-byte aligned */
 static int64_t code_bytes(const qn_weights *w) { return groups_of_piece(w) * w->group_k * QN_TILE_COLS; }
@@ -73,10 +73,9 @@ static void groups_of_panels(const qn_kernel *kernel, const qn_call *c, const qn
     const qn_weights *w = c->w;
     uint8_t *codes = scratch, *terms = codes + code_bytes(w);
     float *sums = (float *)(void *)(terms + term_bytes(w));
-    partition tiles = cut_evenly(rows->count, (rows->count + kernel->group_rows - 1) / kernel->group_rows);
-    /* Divided here, once: a division takes as long as a product of a tile with a group. */
+    partition tiles = cut_evenly(rows->count, qn_pieces(rows->count, kernel->group_rows));
     int64_t most = groups_of_piece(w), group_bytes = w->group_k * QN_NR * (w->format == QN_INT4 ? 4 : 8) / 8;
-    int64_t share = qn_round_up(group_bytes * most / tiles.parts, 64), ask = qn_round_up(share / most, 64), asking = (share + ask - 1) / ask;
+    int64_t share = qn_round_up(qn_pieces(group_bytes * most, tiles.parts), 64), ask = qn_round_up(qn_pieces(share, most), 64);
     for (int64_t g = 0, groups; g < w->groups; g += groups) {
         groups = qn_min64(most, w->groups - g);
         kernel->unpack_groups(w, panel, panels, g, groups, codes, terms);
@@ -94,7 +93,7 @@ static void groups_of_panels(const qn_kernel *kernel, const qn_call *c, const qn
                 .pairs = rows->sum + row * rows->sum_row + g * rows->sum_group, .pairs_stride = rows->sum_group,
                 .row_scale = rows->scale + row, .before = g == 0 ? nothing : sum, .sum = sum,
                 .ahead = more ? next + w->codes_at + next_g * group_bytes + t * share : 0, .ahead_apart = w->panel_bytes,
-                .ask = (int32_t)ask, .asking = more ? (int32_t)asking : 0,
+                .ask = (int32_t)ask, .asking = more ? (int32_t)qn_pieces(share, ask) : 0,
             };
             if (ends) ask_for_outputs(c, rows, row, count, panel, panels);
             kernel->tile_groups(&tile);
@@ -109,7 +108,7 @@ void qn_groups_block(const qn_kernel *kernel, const qn_call *c, const qn_rows *r
         kernel->row_groups(c, rows, 0, first, last);
         return;
     }
-    partition tiles = cut_evenly(last - first, (last - first + kernel->group_panels - 1) / kernel->group_panels);
+    partition tiles = cut_evenly(last - first, qn_pieces(last - first, kernel->group_panels));
     for (int64_t t = 0, panel = first; t < tiles.parts; panel += part_size(&tiles, t++))
         groups_of_panels(kernel, c, rows, panel, (int)part_size(&tiles, t), last, scratch);
 }

@@ -36,11 +36,11 @@ static int64_t row_bytes(const qn_kernel *kernel, const qn_call *c) {
 
 static int64_t block_rows(const qn_kernel *kernel, const qn_call *c) {
     if (is_float(c)) { /* blocks of nearly the same size, as a small one decodes as much as a large one */
-        int64_t blocks = (c->m + FLOAT_BLOCK_ROWS - 1) / FLOAT_BLOCK_ROWS;
-        return (c->m + blocks - 1) / blocks;
+        return qn_pieces(c->m, qn_pieces(c->m, FLOAT_BLOCK_ROWS));
     }
-    int64_t tile = kernel->rows, rows = qn_min64(BLOCK_ROWS, BLOCK_BYTES / row_bytes(kernel, c));
-    rows = rows / tile * tile;
+    int64_t tile = kernel->rows;
+    if (c->m <= tile) return c->m;
+    int64_t rows = qn_quotient(qn_min64(BLOCK_ROWS, qn_quotient(BLOCK_BYTES, row_bytes(kernel, c))), tile) * tile;
     return qn_min64(rows < tile ? tile : rows, c->m);
 }
 
@@ -48,7 +48,7 @@ static int64_t block_rows(const qn_kernel *kernel, const qn_call *c) {
 static int is_direct(const qn_kernel *kernel, const qn_call *c) { return is_float(c) && c->m <= kernel->direct_most; }
 
 /* Sums of a float product wait as tiles of [rows][QN_TILE_COLS]. */
-static int64_t float_tiles(int64_t panels) { return (qn_min64(panels, FLOAT_PANELS) + QN_TILE_PANELS - 1) / QN_TILE_PANELS; }
+static int64_t float_tiles(int64_t panels) { return qn_pieces(qn_min64(panels, FLOAT_PANELS), QN_TILE_PANELS); }
 
 /* Float8 weights with groups and float8 activations: a chain and a scale each group, the groups added up apart. */
 static int adds_groups(const qn_call *c) { return c->input != QN_INPUT_FLOAT && c->w->groups > 1; }
@@ -165,7 +165,7 @@ static int goes_whole_way(const qn_kernel *kernel, const qn_call *c) {
 
 static partition tiles_of_rows(const qn_kernel *kernel, const qn_call *c, int64_t count) {
     int64_t most = goes_whole_way(kernel, c) ? kernel->layer_rows : kernel->rows;
-    return cut_evenly(count, (count + most - 1) / most);
+    return cut_evenly(count, qn_pieces(count, most));
 }
 
 /* Panels of a tile, when a block of `count` rows is cut into tiles. */
@@ -180,12 +180,12 @@ static void integer_block(const qn_kernel *kernel, const qn_call *c, const qn_ro
     int whole = goes_whole_way(kernel, c);
     int64_t most = tile_panels(kernel, c, rows->count), panel = first;
     partition row_tiles = tiles_of_rows(kernel, c, rows->count);
-    partition panel_tiles = cut_evenly(last - first, (last - first + most - 1) / most);
+    partition panel_tiles = cut_evenly(last - first, qn_pieces(last - first, most));
     for (int64_t p = 0; p < panel_tiles.parts; p++) {
         int panels = (int)part_size(&panel_tiles, p);
         int64_t row = 0, next = qn_min64(panel + panels, w->panels);
         /* Beside each tile a share of the panels after these is asked for, and no more, since the L2 cache has to hold it. */
-        int64_t share = qn_round_up(qn_min64(panels, w->panels - next) * w->panel_bytes / row_tiles.parts, 64);
+        int64_t share = qn_round_up(qn_pieces(qn_min64(panels, w->panels - next) * w->panel_bytes, row_tiles.parts), 64);
         for (int64_t r = 0; r < row_tiles.parts; r++) {
             int count = (int)part_size(&row_tiles, r);
             if (whole)
@@ -239,7 +239,7 @@ typedef struct { float *decoded, *rows, *tiles, *totals; } float_scratch;
  * panels, the weights of a tile decoded once for all rows. */
 static void float_piece(const qn_kernel *kernel, const qn_call *c, const qn_rows *rows, int64_t first, int64_t last,
                         int64_t start, int64_t k, const float_scratch *scratch) {
-    partition tiles = cut_evenly(rows->count, (rows->count + kernel->float_rows - 1) / kernel->float_rows);
+    partition tiles = cut_evenly(rows->count, qn_pieces(rows->count, kernel->float_rows));
     for (int64_t t = 0, row = 0; t < tiles.parts; row += part_size(&tiles, t++))
         arrange_rows(rows->a + row * rows->a_stride + start * 4, rows->a_stride, part_size(&tiles, t), k,
                      scratch->rows + row * qn_round_up(k, QN_KR));
@@ -283,7 +283,7 @@ static void float_block(const qn_kernel *kernel, const qn_call *c, const qn_rows
                         const float_scratch *scratch) {
     if (is_direct(kernel, c)) {
         float sums[QN_TILE_ROWS * QN_TILE_COLS];
-        partition tiles = cut_evenly(rows->count, (rows->count + kernel->direct_rows - 1) / kernel->direct_rows);
+        partition tiles = cut_evenly(rows->count, qn_pieces(rows->count, kernel->direct_rows));
         for (int64_t panel = first; panel < last; panel += QN_TILE_PANELS) {
             int panels = (int)qn_min64(QN_TILE_PANELS, last - panel);
             for (int64_t t = 0, row = 0; t < tiles.parts; row += part_size(&tiles, t++)) {
@@ -294,8 +294,8 @@ static void float_block(const qn_kernel *kernel, const qn_call *c, const qn_rows
         }
         return;
     }
-    int64_t units = (last - first + QN_TILE_PANELS - 1) / QN_TILE_PANELS, most = FLOAT_PANELS / QN_TILE_PANELS;
-    partition cut = cut_evenly(units, (units + most - 1) / most);
+    int64_t units = qn_pieces(last - first, QN_TILE_PANELS), most = FLOAT_PANELS / QN_TILE_PANELS;
+    partition cut = cut_evenly(units, qn_pieces(units, most));
     for (int64_t i = 0; i < cut.parts; i++)
         float_panels(kernel, c, rows, first + part_start(&cut, i) * QN_TILE_PANELS,
                      qn_min64(first + part_start(&cut, i + 1) * QN_TILE_PANELS, last), scratch);
@@ -358,19 +358,19 @@ static qn_rows rows_of_block(const job *j, int64_t block, int64_t first, int64_t
 }
 
 static void do_piece(const job *j, int64_t piece, int thread) {
-    int64_t block = piece / j->pieces_a_block * j->block, count = qn_min64(j->block, j->c->m - block);
-    piece %= j->pieces_a_block;
+    int64_t blocks = qn_quotient(piece, j->pieces_a_block), block = blocks * j->block, count = qn_min64(j->block, j->c->m - block);
+    piece -= blocks * j->pieces_a_block;
     int quantizing = piece < j->quantize.parts;
     if (!quantizing) piece -= j->quantize.parts;
     const partition *cut_rows = quantizing ? &j->quantize : &j->rows;
-    int64_t part = quantizing ? piece : piece / j->panels.parts;
+    int64_t part = quantizing ? piece : qn_quotient(piece, j->panels.parts);
     int64_t first = qn_min64(part_start(cut_rows, part), count), last = qn_min64(part_start(cut_rows, part + 1), count);
     if (first == last) return; /* the last block may have fewer rows */
     qn_rows rows = rows_of_block(j, block, first, last - first);
     if (quantizing) {
         quantize_piece(j, &rows);
     } else {
-        int64_t panel = piece % j->panels.parts;
+        int64_t panel = piece - part * j->panels.parts;
         multiply_piece(j, &rows, part_start(&j->panels, panel) * j->panel_unit,
                        qn_min64(part_start(&j->panels, panel + 1) * j->panel_unit, j->c->w->panels), thread);
     }
@@ -378,7 +378,7 @@ static void do_piece(const job *j, int64_t piece, int thread) {
 
 /* What must be done before `piece`: the pieces of the phases before its own. */
 static int64_t before(const job *j, int64_t piece) {
-    int64_t block = piece / j->pieces_a_block * j->pieces_a_block;
+    int64_t block = qn_quotient(piece, j->pieces_a_block) * j->pieces_a_block;
     if (j->quantize.parts == 0) return 0; /* x itself is read */
     return piece - block < j->quantize.parts ? block : block + j->quantize.parts;
 }
@@ -404,31 +404,31 @@ int64_t qn_linear_work(const qn_kernel *kernel, const qn_call *c) {
     const qn_weights *w = c->w;
     double rows = (double)c->m, k = (double)(w->groups * w->group_k), n = (double)(w->panels * QN_NR);
     double macs = rows * (k * n + n * OUTPUT_MACS), ns = k * n / 100;
-    if (is_float(c)) macs += k * n * DECODE_MACS * (double)((c->m + FLOAT_BLOCK_ROWS - 1) / FLOAT_BLOCK_ROWS);
+    if (is_float(c)) macs += k * n * DECODE_MACS * (double)qn_pieces(c->m, FLOAT_BLOCK_ROWS);
     if (c->input != QN_INPUT_FLOAT) {
         macs += rows * k * QUANTIZE_MACS;
         ns += rows * ROW_NS;
     }
     if (w->format == QN_INT4 && !is_float(c)) /* nibbles once a tile, and groups for each row */
-        macs += k * n * (rows + UNPACK_MACS * (double)((c->m + kernel->rows - 1) / kernel->rows));
+        macs += k * n * (rows + UNPACK_MACS * (double)qn_pieces(c->m, kernel->rows));
     ns += macs / (is_float(c) ? kernel->float_rate : kernel->rate);
     return ns < 1e15 ? (int64_t)ns : (int64_t)1e15;
 }
 
 void qn_linear(const qn_kernel *kernel, const qn_call *c, uint8_t *scratch, int threads, qn_share share) {
     job j = {.kernel = kernel, .c = c, .scratch = scratch, .layout = layout_scratch(kernel, c), .block = block_rows(kernel, c)};
-    int64_t tile = is_float(c) ? kernel->float_rows : kernel->rows, tiles = (j.block + tile - 1) / tile;
+    int64_t tile = is_float(c) ? kernel->float_rows : kernel->rows, tiles = qn_pieces(j.block, tile);
     int64_t pieces = is_float(c) && !is_direct(kernel, c) ? FLOAT_PIECES_A_THREAD : PIECES_A_THREAD;
     int64_t wanted = threads > 1 ? threads * pieces : 1;
     /* Panels first: a piece of them is read by one core only. Rows are cut only where there are too few panels. */
     j.panel_unit = is_float(c) ? QN_TILE_PANELS : 1;
-    int64_t units = (c->w->panels + j.panel_unit - 1) / j.panel_unit;
+    int64_t units = qn_pieces(c->w->panels, j.panel_unit);
     int64_t panel_tile = is_float(c) ? 1 : qn_min64(tile_panels(kernel, c, j.block), PIECE_PANELS);
-    j.panels = cut_evenly(units, qn_min64(wanted, (units + panel_tile - 1) / panel_tile));
-    j.rows = cut_evenly(j.block, qn_min64((wanted + j.panels.parts - 1) / j.panels.parts, tiles));
+    j.panels = cut_evenly(units, qn_min64(wanted, qn_pieces(units, panel_tile)));
+    j.rows = cut_evenly(j.block, qn_min64(qn_pieces(wanted, j.panels.parts), tiles));
     j.quantize = cut_evenly(c->input == QN_INPUT_FLOAT ? 0 : j.block, qn_min64(wanted, tiles));
     j.pieces_a_block = j.quantize.parts + j.rows.parts * j.panels.parts;
-    j.pieces = j.pieces_a_block * ((c->m + j.block - 1) / j.block);
+    j.pieces = j.pieces_a_block * qn_pieces(c->m, j.block);
     if (threads > 1)
         share(threads, work, &j);
     else
