@@ -609,19 +609,31 @@ class QParams:
         return cls(**fields)
 
 
-def check_scale(scale: ArrayLike) -> NDArray[np.float32]:
-    """Return `scale` as a float32 array of its own; ValueError unless every entry is finite and > 0."""
-    with np.errstate(over="ignore", under="ignore"):  # judged below, with a message that says what to do
-        array = np.array(scale, dtype=np.float32)
-    if array.size and not (np.isfinite(array).all() and (array > 0).all()):
+def check_scale(scale: ArrayLike, *, copy: bool | None = True) -> NDArray[np.float32]:
+    """Return `scale` as a float32 array, of its own with `copy`; ValueError unless every entry is finite and > 0."""
+    # judged below, with a message that says what to do
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        array = np.array(scale, dtype=np.float32, copy=copy)
+        good = not array.size or (array.min() > 0 and array.max() < np.inf)  # a NaN is neither
+    if not good:
         bad = array[~(np.isfinite(array) & (array > 0))].ravel()[0]
         raise ValueError(f"scale has the entry {bad}; every scale must be finite and > 0 in float32")
     return array
 
 
-def check_zero_point(zero_point: ArrayLike | None, info: CodeDType, shape: tuple[int, ...]) -> NDArray[Any]:
-    """Return `zero_point` in the code dtype's storage; ValueError if it does not fit dtype or scale."""
-    storage = np.dtype(np.int8) if info.is_float else info.storage
+def check_zero_point(
+    zero_point: ArrayLike | None,
+    info: CodeDType,
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any] | None = None,
+    *,
+    copy: bool | None = True,
+) -> NDArray[Any]:
+    """Return `zero_point` in a dtype, the storage of the codes by default; ValueError if it does not fit them or the scale.
+
+    An array of its own with `copy`.
+    """
+    storage = dtype or (np.dtype(np.int8) if info.is_float else info.storage)
     given = np.asarray(0 if zero_point is None else zero_point)
     if given.dtype.kind not in "iu" and (given.dtype.kind != "f" or not np.array_equal(given, np.rint(given))):
         raise ValueError(f"zero_point must be whole numbers, not {given.dtype}; round it first")
@@ -631,7 +643,7 @@ def check_zero_point(zero_point: ArrayLike | None, info: CodeDType, shape: tuple
         raise ValueError(f"zero_point {bad} is outside {info.name}'s codes {low}..{high}")
     if given.shape not in ((), shape):
         raise ValueError(f"zero_point has shape {given.shape}; it must be () or the scale's shape {shape}")
-    return np.array(given, dtype=storage)
+    return np.array(given, dtype=storage, copy=copy)
 
 
 def round_scale(scale: NDArray[np.float64], scale_dtype: str) -> NDArray[np.float32]:

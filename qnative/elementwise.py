@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -27,8 +27,8 @@ def _parameters(
 ) -> tuple[Granules, NDArray[np.float32], NDArray[np.int32]]:
     """Check a scale and zero point against an array's shape; return the walk and both as flat arrays."""
     axis, group_size = check_int("axis", axis), check_int("group_size", group_size)
-    scales = check_scale(scale)
-    zeros = check_zero_point(zero_point, info, scales.shape)
+    scales = check_scale(scale, copy=None)
+    zeros = check_zero_point(zero_point, info, scales.shape, np.dtype(np.int32), copy=None)
     if scales.ndim == 0 and axis is None and group_size is None:
         granules = Granules.of(shape)
     else:
@@ -94,7 +94,10 @@ def dequantize_walk(
     if info.is_float:
         _core.dequantize_float8(flat, scales, granules.walk, info.name, out.reshape(-1))
     else:
-        _core.dequantize(flat, info.is_signed, scales, zeros, granules.walk, out.reshape(-1))
+        if _core.dequantize(
+            flat, info.is_signed, scales, zeros, granules.walk, int(info.min), int(info.max), out.reshape(-1)
+        ):
+            _refuse_codes(codes, info)
     return out
 
 
@@ -165,7 +168,7 @@ def quantize(
     granules, scales, zeros = _parameters(values.shape, scale, zero_point, info, axis, group_size)
     low, high = code_range(info, quant_min, quant_max)
     check_nan(nan)
-    into = out_target(out, values.shape, info.storage, values)
+    into = out_target(out, values.shape, info.storage, values, scales, zeros)
     return deliver(quantize_walk(values, info, granules, scales, zeros, low, high, nan, into), out)
 
 
@@ -193,7 +196,8 @@ def dequantize(
     out_dtype : str or dtype
         ``"float32"``, ``"float64"``, ``"float16"`` or ``"bfloat16"`` (which needs ml_dtypes).
     out : numpy.ndarray, optional
-        Where to write the values; of the codes' shape and of `out_dtype`.
+        Where to write the values; of the codes' shape and of `out_dtype`. After an error for a code that `dtype` has
+        not it may have been written to.
 
     Returns
     -------
@@ -207,7 +211,7 @@ def dequantize(
         raise ValueError(f"out_dtype={wanted.name} has no room for values; use float32, float64, float16 or bfloat16")
     array = _as_codes(array, info)
     granules, scales, zeros = _parameters(array.shape, scale, zero_point, info, axis, group_size)
-    into = out_target(out, array.shape, wanted, array)
+    into = out_target(out, array.shape, wanted, array, scales, zeros)
     into = into if wanted == np.float32 else None
     return deliver(cast_floats(dequantize_walk(array, info, granules, scales, zeros, into), wanted), out)
 
@@ -220,10 +224,16 @@ def _as_codes(array: NDArray[Any], info: CodeDType) -> NDArray[Any]:
         array = array.astype(info.storage)  # ml_dtypes' int4 and uint4: a byte each
     if array.dtype.kind not in "iu":
         raise TypeError(f"codes of {info.name} are {info.storage.name}, not {array.dtype}; quantize() gives them")
-    low, high = (0, 255) if info.is_float else (info.min, info.max)
-    if array.size and (array.dtype != info.storage or info.bits < 8) and (array.min() < low or array.max() > high):
-        raise ValueError(f"codes {array.min()}..{array.max()} are outside {info.name}'s {low}..{high}")
+    if array.size and array.dtype != info.storage:  # else they are looked at as they are decoded
+        low, high = (0, 255) if info.is_float else (info.min, info.max)
+        if array.min() < low or array.max() > high:
+            _refuse_codes(array, info)
     return np.array(array, dtype=info.storage, order="C", copy=None)
+
+
+def _refuse_codes(codes: NDArray[Any], info: CodeDType) -> NoReturn:
+    low, high = (0, 255) if info.is_float else (info.min, info.max)
+    raise ValueError(f"codes {codes.min()}..{codes.max()} are outside {info.name}'s {low}..{high}")
 
 
 def fake_quantize(
@@ -253,7 +263,7 @@ def fake_quantize(
     granules, scales, zeros = _parameters(values.shape, scale, zero_point, info, axis, group_size)
     low, high = code_range(info, quant_min, quant_max)
     wanted = x.dtype.newbyteorder("=") if isinstance(x, (np.ndarray, np.generic)) else np.dtype(np.float32)
-    into = out_target(out, values.shape, wanted, values)
+    into = out_target(out, values.shape, wanted, values, scales, zeros)
     into = into if wanted == np.float32 else None
     check_nan(nan)
     result = np.empty(values.shape, np.float32) if into is None else into

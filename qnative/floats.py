@@ -77,9 +77,9 @@ def check_array(out: object, name: str) -> NDArray[Any]:
 
 
 def out_target(
-    out: NDArray[Any] | None, shape: tuple[int, ...], dtype: Any, source: NDArray[Any]
+    out: NDArray[Any] | None, shape: tuple[int, ...], dtype: Any, *sources: NDArray[Any]
 ) -> NDArray[Any] | None:
-    """Check a caller's `out`; return it if the native loops can write to it while they read `source`, else None."""
+    """Check a caller's `out`; return it if the native loops can write to it while they read `sources`, else None."""
     if out is None:
         return None
     check_array(out, "out")
@@ -87,7 +87,8 @@ def out_target(
         raise ValueError(f"out is {out.dtype} of shape {out.shape}; it must be {np.dtype(dtype)} of shape {shape}")
     if not out.flags.writeable:
         raise ValueError("out is read-only; pass an array that can be written to")
-    direct = out.flags.c_contiguous and out.flags.aligned and not np.may_share_memory(out, source)
+    shared = any(np.may_share_memory(out, source) for source in sources)
+    direct = out.flags.c_contiguous and out.flags.aligned and not shared
     return np.asarray(out) if direct else None  # a subclass (numpy.matrix, ...) may have a reshape of its own
 
 

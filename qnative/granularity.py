@@ -61,7 +61,8 @@ class Granules(NamedTuple):
         """Return `values`, of shape () or the scales', as one flat contiguous array with an entry for each scale."""
         if values.shape != self.shape:
             values = np.broadcast_to(values, self.shape)
-        return np.ascontiguousarray(values, dtype=dtype).reshape(-1)
+        values = np.ascontiguousarray(values, dtype=dtype)
+        return (values if values.flags.aligned else values.copy()).reshape(-1)
 
     def counts(self) -> NDArray[np.int64]:
         """Return how many elements share each scale, of the scales' shape."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import itertools
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -116,7 +117,7 @@ def test_codes_are_those_of_the_reference_at_every_level(where: Any, seed: int, 
         else:
             assert _core.quantize(x, scale, zero, g.walk, low, high, codes) == nonfinite
             assert _core.quantize(x.astype(np.float64), scale, zero, g.walk, low, high, wide) == nonfinite
-            _core.dequantize(codes, low < 0, scale, zero, g.walk, values)
+            assert not _core.dequantize(codes, low < 0, scale, zero, g.walk, low, high, values)
         return codes, wide, values
 
     codes, wide, values = at_every_level(run)
@@ -247,6 +248,64 @@ def test_a_range_tells_the_zeros_apart() -> None:
         assert np.signbit(low[0]) and not np.signbit(high[0])
 
 
+@pytest.mark.parametrize(
+    ("shape", "axis", "group"), [((700,), None, None), ((40, 96), 1, 32), ((40, 97), 1, 33), ((40, 97), 1, None)]
+)
+def test_a_code_that_the_dtype_has_not_is_noticed(shape: tuple[int, ...], axis: int | None, group: int | None) -> None:
+    rng = np.random.default_rng(7)
+    g = Granules.of(shape, axis, group)
+    scale, zero = np.ones(math.prod(g.shape), np.float32), np.zeros(math.prod(g.shape), np.int32)
+    size = math.prod(shape)
+    values = np.empty(size, np.float32)
+    for dtype, wrong in (("int4", (8, -9, 127, -128)), ("uint4", (16, 255))):
+        low, high = ref.RANGES[dtype]
+        codes = rng.integers(low, high, size, ref.STORAGE[dtype], endpoint=True)
+        for at in (0, 63, 64, size - 1, int(rng.integers(size))):
+            for code in wrong:
+                kept, codes[at] = codes[at], code
+
+                def run(codes: Array = codes, low: int = low, high: int = high) -> tuple[Array]:
+                    args = (codes.view(np.uint8), low < 0, scale, zero, g.walk, low, high, values)
+                    return (np.array(_core.dequantize(*args)),)
+
+                assert at_every_level(run)[0]
+                with pytest.raises(ValueError, match=f"outside {dtype}'s {low}..{high}"):
+                    qn.dequantize(codes.reshape(shape), 1.0, dtype=dtype)
+                codes[at] = kept
+        assert not at_every_level(run)[0]
+
+
+def test_parameters_of_any_nature() -> None:
+    """Unaligned, strided, big-endian, read-only; and those that share memory with the result."""
+    rng = np.random.default_rng(8)
+    x = rng.standard_normal((6, 64), np.float32)
+    scale, zero = rng.uniform(0.01, 0.1, (6, 2)).astype(np.float32), rng.integers(-9, 9, (6, 2), np.int32)
+    expected = qn.quantize(x, scale, zero, axis=1, group_size=32)
+    decoded = qn.dequantize(expected, scale, zero, axis=1, group_size=32)
+    for strange in (
+        lambda a: np.frombuffer(b"." + a.tobytes(), a.dtype.newbyteorder("="), offset=1).reshape(a.shape),
+        lambda a: np.repeat(a, 2, axis=0)[::2],
+        lambda a: a.astype(a.dtype.newbyteorder(">")),
+        lambda a: a[::-1].copy()[::-1],
+    ):
+        ref.assert_same_bits(qn.quantize(x, strange(scale), strange(zero), axis=1, group_size=32), expected)
+        ref.assert_same_bits(qn.dequantize(expected, strange(scale), strange(zero), axis=1, group_size=32), decoded)
+    memory = np.empty(6 * 64, np.float32)
+    inside = memory[100:112].reshape(6, 2)
+    inside[...] = scale
+    out = qn.dequantize(expected, inside, zero, axis=1, group_size=32, out=memory.reshape(6, 64))
+    ref.assert_same_bits(out, decoded)
+    zeros = memory.view(np.int32)[7:19].reshape(6, 2)
+    zeros[...] = zero
+    codes = qn.quantize(x, scale, zeros, axis=1, group_size=32, out=memory.view(np.int8)[:384].reshape(6, 64))
+    ref.assert_same_bits(codes, expected)
+    for bad in (np.nan, np.inf, 0.0, -1.0, -np.inf):
+        broken = scale.copy()
+        broken[3, 1] = bad
+        with pytest.raises(ValueError, match="every scale must be finite and > 0"):
+            qn.quantize(x, broken, zero, axis=1, group_size=32)
+
+
 # Histograms
 
 
@@ -345,7 +404,7 @@ def test_pieces_and_threads_leave_no_trace(shape: tuple[int, ...], axis: int | N
             codes, values = np.empty(x.size, np.uint8), np.empty(x.size, np.float32)
             low, high = np.empty((2, scale.size), np.float32)
             assert not _core.quantize(x, scale, zero, g.walk, -128, 127, codes)
-            _core.dequantize(codes, True, scale, zero, g.walk, values)
+            _core.dequantize(codes, True, scale, zero, g.walk, -128, 127, values)
             assert _core.min_max(x, g.walk, low, high) == 0
             found.append((codes, values, low, high))
     finally:
@@ -397,7 +456,7 @@ def test_nothing_outside_the_arrays_is_touched(at: str, guarded: Guarded, level:
             scale[:] = 0.03
             low, high = guarded(scale.shape, np.float32, at), guarded(scale.shape, np.float32, at)
             _core.quantize(x, scale, zero, g.walk, -128, 127, codes)
-            _core.dequantize(codes, True, scale, zero, g.walk, values)
+            _core.dequantize(codes, True, scale, zero, g.walk, -128, 127, values)
             _core.quantize_float8(x, scale, g.walk, "float8_e5m2", codes)
             _core.dequantize_float8(codes, scale, g.walk, "float8_e5m2", values)
             _core.min_max(x, g.walk, low, high)

@@ -69,8 +69,10 @@ def dequantize(
     scale: NDArray[np.float32],
     zero: NDArray[np.int32],
     layout: _Walk,
+    low: int,
+    high: int,
     out: NDArray[np.float32],
-) -> None: ...
+) -> bool: ...
 def fake_quantize(
     x: _Float,
     scale: NDArray[np.float32],

@@ -5,7 +5,7 @@ a) Every granularity is one walk (`walk.pxd`), which a long array is given in pi
 b) Python has checked and coerced; these functions check again every size that guards a pointer.
 c) A batch is what is done in one loop (`next_batch`): runs of whole vectors, or other elements with their parameters laid
    out, an entry for each.
-d) The loops are over 64 elements, known to the compiler, which needs neither a beginning nor an end; what is left
+d) The loops are over 64 elements (or 32), known to the compiler, which needs neither a beginning nor an end; what is left
    over is done as 64 of which some are not wanted.
 e) The rules clamp in floating point, so that no conversion overflows. float64 input has plain loops of its own.
 """
@@ -31,6 +31,7 @@ ctypedef fused real:
 
 cdef enum:
     WIDE = 64     # elements of a step: a vector of codes, at least
+    HALF = 32     # or of a step within groups of such a size, the usual one
     LONG = 256    # a run of so many elements is worth a loop of its own, what is left over another
     BATCH = 1024  # elements whose parameters are laid out: they stay in the L1 cache
     CHUNK = 16    # entries that are laid out at a time, some of them perhaps beyond what is asked for
@@ -60,6 +61,7 @@ cdef struct Task:
     uint8_t *codes_out
     float *out
     qn_atomic nonfinite
+    qn_atomic beyond
 
 
 cdef struct Parameters:  # an entry for each element of a batch, or for each of its runs
@@ -77,13 +79,14 @@ cdef struct Batch:
     Py_ssize_t start, runs, size, scale
     # the batch
     Py_ssize_t begin, count
-    Py_ssize_t span     # elements of an entry of parameters: 1, or a multiple of WIDE
+    Py_ssize_t span     # elements of an entry of parameters: 1, or a multiple of WIDE, or `halves`, of HALF
+    bint halves
     Py_ssize_t ahead    # how far ahead lies what is worked on next, in elements
     Py_ssize_t columns  # the first scale of the parameters that are laid out, in a walk by columns, else -1
     bint by_multiplying
 
 
-# Element rules: of WIDE elements, the parameters being p's entry `at` or (`each`) an entry each, from there. What is not
+# Element rules: of WIDE elements, or `width`, the parameters being p's entry `at` or (`each`) an entry each, from there. What is not
 # finite makes a NaN of a lane of `tracks`.
 
 cdef inlined track(float x, bint fused, float *lane) noexcept nogil:
@@ -94,15 +97,15 @@ cdef inlined track(float x, bint fused, float *lane) noexcept nogil:
 
 
 cdef inlined to_codes(
-    const float *x, own_bytes out, const Parameters *p, Py_ssize_t at, bint by_multiplying, bint each, bint fused,
-    own_floats tracks
+    const float *x, own_bytes out, const Parameters *p, Py_ssize_t at, Py_ssize_t width, bint by_multiplying, bint each,
+    bint fused, own_floats tracks
 ) noexcept nogil:
     """clamp(rint(x / s) + z, low, high); NaN becomes the zero point."""
     cdef Py_ssize_t i
     cdef float scale = p.scale[at], reciprocal = p.reciprocal[at], least = p.least[at], most = p.most[at], v, q
     cdef uint8_t zero = p.zero_byte[at]
     cdef uint32_t bits
-    for i in range(WIDE):
+    for i in range(width):
         if each:
             scale, reciprocal, zero = p.scale[at + i], p.reciprocal[at + i], p.zero_byte[at + i]
             least, most = p.least[at + i], p.most[at + i]
@@ -141,15 +144,20 @@ cdef inlined to_codes8(
 
 
 cdef inlined from_codes(
-    const uint8_t *codes, own_floats out, const Parameters *p, Py_ssize_t at, int32_t flip, bint each
+    const uint8_t *codes, own_floats out, const Parameters *p, Py_ssize_t at, int32_t flip, int32_t low, bint each,
+    own_bytes largest
 ) noexcept nogil:
+    """(code - z) * s; a lane of `largest` gets the largest code, less the lowest that there may be."""
     cdef Py_ssize_t i
+    cdef uint8_t above
     cdef float scale = p.scale[at]
     cdef int32_t zero = p.zero[at] + flip
     for i in range(WIDE):
         if each:
             scale, zero = p.scale[at + i], p.zero[at + i] + flip
         out[i] = <float>((codes[i] ^ flip) - zero) * scale
+        above = <uint8_t>(codes[i] - low)
+        largest[i] = above if above > largest[i] else largest[i]
 
 
 cdef inlined from_codes8(
@@ -246,7 +254,9 @@ cdef inlined next_batch(const Task *t, Batch *b, Parameters *p, bint encoding, b
         if w.tile and w.scale == b.columns:  # whose parameters are there
             b.begin, b.count, b.runs, b.ahead = w.start, w.count, 0, next_start(w) - w.start
             return
-        apart = b.size >= LONG or b.size % WIDE == 0  # a loop with an entry for each run
+        # a loop with an entry for each run
+        b.halves = encoding and b.size < LONG and b.size % WIDE != 0 and b.size % HALF == 0
+        apart = b.size >= LONG or b.size % WIDE == 0 or b.halves
         n = min(b.runs, <Py_ssize_t>BATCH if apart else (BATCH - b.count) // b.size)
         if b.count and (apart or n == 0 or b.start != b.begin + b.count):
             return
@@ -261,7 +271,7 @@ cdef inlined next_batch(const Task *t, Batch *b, Parameters *p, bint encoding, b
             lay_each(t, p, b.count, n, s, z, encoding, fast)
         else:
             lay_groups(t, p, b.count, n, b.size, s, z, encoding, fast)
-        b.span = b.size // WIDE * WIDE if apart else 1
+        b.span = 1 if not apart else b.size if b.halves else b.size // WIDE * WIDE
         taken = n * (b.span if apart else b.size)
         b.count += taken
         b.start += taken
@@ -277,17 +287,17 @@ cdef inlined next_batch(const Task *t, Batch *b, Parameters *p, bint encoding, b
 
 
 cdef inlined encode_step(
-    const Task *t, const float *x, uint8_t *out, const Parameters *p, Py_ssize_t at, bint is8, bint by_multiplying,
-    bint each, bint fused, float *tracks
+    const Task *t, const float *x, uint8_t *out, const Parameters *p, Py_ssize_t at, Py_ssize_t width, bint is8,
+    bint by_multiplying, bint each, bint fused, float *tracks
 ) noexcept nogil:
     if is8:
         to_codes8(x, out, p, at, t.encoder, each, fused, tracks)
     else:
-        to_codes(x, out, p, at, by_multiplying, each, fused, tracks)
+        to_codes(x, out, p, at, width, by_multiplying, each, fused, tracks)
 
 
 cdef inlined encode_batch(
-    const Task *t, const Batch *b, Parameters *p, bint is8, bint by_multiplying, bint each, bint fused,
+    const Task *t, const Batch *b, Parameters *p, Py_ssize_t width, bint is8, bint by_multiplying, bint each, bint fused,
     float *tracks
 ) noexcept nogil:
     cdef const float *x = t.x + b.begin
@@ -300,31 +310,34 @@ cdef inlined encode_batch(
     while i < b.count:
         end = b.count if each else i + b.span
         while i < end:
-            ask(x + i, b.ahead * 4, WIDE * 4)
-            ask(out + i, b.ahead, WIDE)
+            ask(x + i, b.ahead * 4, width * 4)
+            ask(out + i, b.ahead, width)
             rest, x_at, out_at = b.count - i, x + i, out + i
             if each and rest < WIDE:
                 memset(values, 0, sizeof(values))
                 memcpy(values, x_at, rest * 4)
                 lay_rest(p, b.count)
                 x_at, out_at = values, codes
-            encode_step(t, x_at, out_at, p, i if each else entry, is8, by_multiplying, each, fused, tracks)
+            encode_step(t, x_at, out_at, p, i if each else entry, width, is8, by_multiplying, each, fused, tracks)
             if each and rest < WIDE:
                 memcpy(out + i, codes, rest)
-            i += WIDE
+            i += width
         entry += 1
 
 
 cdef inlined decode_step(
-    const Task *t, const uint8_t *codes, float *out, const Parameters *p, Py_ssize_t at, bint is8, bint each
+    const Task *t, const uint8_t *codes, float *out, const Parameters *p, Py_ssize_t at, bint is8, bint each,
+    uint8_t *largest
 ) noexcept nogil:
     if is8:
         from_codes8(codes, out, p, at, t.decoder, each)
     else:
-        from_codes(codes, out, p, at, t.flip, each)
+        from_codes(codes, out, p, at, t.flip, t.low, each, largest)
 
 
-cdef inlined decode_batch(const Task *t, const Batch *b, Parameters *p, bint is8, bint each) noexcept nogil:
+cdef inlined decode_batch(
+    const Task *t, const Batch *b, Parameters *p, bint is8, bint each, uint8_t *largest
+) noexcept nogil:
     cdef const uint8_t *codes = t.codes + b.begin
     cdef float *out = t.out + b.begin
     cdef Py_ssize_t i = 0, entry = 0, end, rest
@@ -343,7 +356,7 @@ cdef inlined decode_batch(const Task *t, const Batch *b, Parameters *p, bint is8
                 memcpy(some, codes_at, rest)
                 lay_rest(p, b.count)
                 codes_at, out_at = some, values
-            decode_step(t, codes_at, out_at, p, i if each else entry, is8, each)
+            decode_step(t, codes_at, out_at, p, i if each else entry, is8, each, largest)
             if each and rest < WIDE:
                 memcpy(out + i, values, rest * 4)
             i += WIDE
@@ -360,6 +373,14 @@ cdef inlined note(Task *t, float *tracks) noexcept nogil:
         qn_atomic_add(&t.nonfinite, 1)
 
 
+cdef inlined note_codes(Task *t, uint8_t *largest) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(1, WIDE):
+        largest[0] = max(largest[0], largest[i])
+    if largest[0] > t.high - t.low:
+        qn_atomic_add(&t.beyond, 1)
+
+
 cdef inlined quantize_pass(Task *t, Batch *b, Parameters *p, bint fused) noexcept nogil:
     cdef float tracks[WIDE]
     cdef bint found
@@ -370,40 +391,47 @@ cdef inlined quantize_pass(Task *t, Batch *b, Parameters *p, bint fused) noexcep
             break
         if fused and b.by_multiplying:
             if b.span == 1:
-                encode_batch(t, b, p, False, True, True, fused, tracks)
+                encode_batch(t, b, p, WIDE, False, True, True, fused, tracks)
+            elif b.halves:
+                encode_batch(t, b, p, HALF, False, True, False, fused, tracks)
             else:
-                encode_batch(t, b, p, False, True, False, fused, tracks)
+                encode_batch(t, b, p, WIDE, False, True, False, fused, tracks)
         elif b.span == 1:
-            encode_batch(t, b, p, False, False, True, fused, tracks)
+            encode_batch(t, b, p, WIDE, False, False, True, fused, tracks)
+        elif b.halves:
+            encode_batch(t, b, p, HALF, False, False, False, fused, tracks)
         else:
-            encode_batch(t, b, p, False, False, False, fused, tracks)
+            encode_batch(t, b, p, WIDE, False, False, False, fused, tracks)
     note(t, tracks)
 
 
 cdef inlined other_pass(Task *t, Batch *b, Parameters *p, bint fused) noexcept nogil:
     """Those that need scales and zero points alone."""
     cdef float tracks[WIDE]
+    cdef uint8_t largest[WIDE]
     cdef bint found
     memset(tracks, 0, sizeof(tracks))
+    memset(largest, 0, sizeof(largest))
     while True:
         next_batch(t, b, p, False, False, &found)
         if not found:
             break
         if t.which == QUANTIZE8:
             if b.span == 1:
-                encode_batch(t, b, p, True, False, True, fused, tracks)
+                encode_batch(t, b, p, WIDE, True, False, True, fused, tracks)
             else:
-                encode_batch(t, b, p, True, False, False, fused, tracks)
+                encode_batch(t, b, p, WIDE, True, False, False, fused, tracks)
         elif t.which == DEQUANTIZE:
             if b.span == 1:
-                decode_batch(t, b, p, False, True)
+                decode_batch(t, b, p, False, True, largest)
             else:
-                decode_batch(t, b, p, False, False)
+                decode_batch(t, b, p, False, False, largest)
         elif b.span == 1:
-            decode_batch(t, b, p, True, True)
+            decode_batch(t, b, p, True, True, largest)
         else:
-            decode_batch(t, b, p, True, False)
+            decode_batch(t, b, p, True, False, largest)
     note(t, tracks)
+    note_codes(t, largest)
 
 
 cdef inlined work(Task *t, Walk w, bint fused) noexcept nogil:
@@ -536,17 +564,21 @@ def quantize_float8(
 
 def dequantize(
     const uint8_t[::1] codes not None, bint is_signed, const float[::1] scale not None,
-    const int32_t[::1] zero not None, tuple layout, float[::1] out not None,
+    const int32_t[::1] zero not None, tuple layout, int32_t low, int32_t high, float[::1] out not None,
 ):
-    """Write (code - zero) * scale in float32; codes : uint8[size], read as int8 where `is_signed`."""
+    """Write (code - zero) * scale in float32; codes : uint8[size], read as int8 where `is_signed`.
+
+    Returns whether a code is outside of low .. high.
+    """
     cdef Task t
     memset(&t, 0, sizeof(t))
     t.walk = new_walk(layout)
     check_sizes(&t.walk, codes.shape[0], out.shape[0], scale.shape[0], zero.shape[0])
     if t.walk.size:
         t.which, t.codes, t.flip, t.scale, t.zero = DEQUANTIZE, &codes[0], 0x80 if is_signed else 0, &scale[0], &zero[0]
-        t.out = &out[0]
+        t.low, t.high, t.out = low, high, &out[0]
         run_pieces(&t)
+    return qn_atomic_get(&t.beyond) != 0
 
 
 def dequantize_float8(
