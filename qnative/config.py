@@ -629,7 +629,7 @@ def check_zero_point(
     *,
     copy: bool | None = True,
 ) -> NDArray[Any]:
-    """Return `zero_point` in a dtype, the storage of the codes by default; ValueError if it does not fit them or the scale.
+    """Return `zero_point` in a dtype, that of stored codes by default; ValueError if it does not fit them or the scale.
 
     An array of its own with `copy`.
     """
