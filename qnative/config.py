@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -97,12 +99,12 @@ class CodeDType:
     max: float
     storage: np.dtype[Any]
 
-    @property
+    @cached_property
     def is_float(self) -> bool:
         """True for the float8 formats, whose codes have no zero point."""
         return self.name.startswith("float8")
 
-    @property
+    @cached_property
     def is_signed(self) -> bool:
         """True where negative codes exist."""
         return self.min < 0
@@ -611,14 +613,21 @@ class QParams:
 
 def check_scale(scale: ArrayLike, *, copy: bool | None = True) -> NDArray[np.float32]:
     """Return `scale` as a float32 array, of its own with `copy`; ValueError unless every entry is finite and > 0."""
-    # judged below, with a message that says what to do
-    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        array = np.array(scale, dtype=np.float32, copy=copy)
-        good = not array.size or (array.min() > 0 and array.max() < np.inf)  # a NaN is neither
-    if not good:
+    if getattr(scale, "dtype", None) == np.float32:
+        array = np.array(scale, np.float32, copy=copy)
+    else:
+        with np.errstate(over="ignore", under="ignore"):  # judged below, with a message that says what to do
+            array = np.array(scale, np.float32, copy=copy)
+    least, most = _ends(array) if array.size else (1, 1)
+    if not 0 < least <= most < math.inf:  # of NaN, neither
         bad = array[~(np.isfinite(array) & (array > 0))].ravel()[0]
         raise ValueError(f"scale has the entry {bad}; every scale must be finite and > 0 in float32")
     return array
+
+
+def _ends(array: NDArray[Any]) -> tuple[Any, Any]:
+    """Return the least and the greatest entry; of a single one, sooner than NumPy would."""
+    return (array.min(), array.max()) if array.ndim else (array.item(), array.item())
 
 
 def check_zero_point(
@@ -638,9 +647,9 @@ def check_zero_point(
     if given.dtype.kind not in "iu" and (given.dtype.kind != "f" or not np.array_equal(given, np.rint(given))):
         raise ValueError(f"zero_point must be whole numbers, not {given.dtype}; round it first")
     low, high = (0, 0) if info.is_float else (info.min, info.max)
-    if given.size and (given.min() < low or given.max() > high):
-        bad = given.min() if given.min() < low else given.max()
-        raise ValueError(f"zero_point {bad} is outside {info.name}'s codes {low}..{high}")
+    least, most = _ends(given) if given.size else (low, high)
+    if least < low or most > high:
+        raise ValueError(f"zero_point {least if least < low else most} is outside {info.name}'s codes {low}..{high}")
     if given.shape not in ((), shape):
         raise ValueError(f"zero_point has shape {given.shape}; it must be () or the scale's shape {shape}")
     return np.array(given, dtype=storage, copy=copy)

@@ -218,6 +218,8 @@ def dequantize(
 
 def _as_codes(array: NDArray[Any], info: CodeDType) -> NDArray[Any]:
     """Return codes as a C-contiguous array of the dtype's storage; refuse what is not a code."""
+    if array.dtype == info.storage and array.flags.c_contiguous:  # by far the most; a dtype's name takes NumPy a while
+        return array
     if info.is_float and array.dtype.name == info.name:
         array = array.view(np.uint8) if array.flags.c_contiguous else np.ascontiguousarray(array).view(np.uint8)
     elif array.dtype.name == info.name and array.dtype != info.storage:
