@@ -483,7 +483,8 @@ def run(count: int, seed: int, seconds: float, report: str | None, guided: bool)
         judge, pool, started, warm = Judge(folder), seeds(), time.monotonic(), 0
         for content in pool:
             judge(content)
-        limit_memory(512 * MIB if guided else 128 * MIB)
+        more = 512 * MIB if guided else 128 * MIB
+        limit_memory(more)
         signal.signal(signal.SIGVTALRM, too_long)  # of processor time: the machine may have other things to do
 
         def one(content: bytes) -> None:
@@ -495,9 +496,10 @@ def run(count: int, seed: int, seconds: float, report: str | None, guided: bool)
                 warm = resident()
             if judge.counts["files"] % 10_000 == 0:
                 summary()
+                limit_memory(more)  # anew, as the tracer has taken some of it
 
         def summary() -> None:
-            # What resident memory grows by is the tracer's: each time that it starts it keeps some kilobytes for good.
+            # What resident memory grows by is the tracer's, which keeps half a kilobyte of every file for good.
             found = {
                 **judge.counts, "seconds": round(time.monotonic() - started), "guided": guided, "failures": 0,
                 "most bytes traced": judge.most_traced, "resident bytes grown": resident() - warm if warm else None,
