@@ -54,8 +54,7 @@ QN_INLINE void unpack_zeros(const qn_weights *w, const uint8_t *zeros, int64_t g
     }
 }
 
-/* What decides how is the same for all groups, so it is asked once, and each part has a loop of its own. The codes come last: loads that
- * follow so many stores wait for those whose addresses have the same twelve lowest bits. */
+/* What decides how is the same for all groups, so it is asked once, and each part has a loop of its own. */
 QN_AROUND_LINKAGE void QN_AROUND(unpack_groups)(const qn_weights *w, int64_t panel, int panels, int64_t first, int64_t groups,
                                                 uint8_t *codes, uint8_t *terms) {
     const int64_t step = panels * 64, term_step = panels * QN_TERM_BYTES, group_k = w->group_k;

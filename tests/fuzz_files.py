@@ -483,8 +483,8 @@ def run(count: int, seed: int, seconds: float, report: str | None, guided: bool)
         judge, pool, started, warm = Judge(folder), seeds(), time.monotonic(), 0
         for content in pool:
             judge(content)
-        more = 512 * MIB if guided else 128 * MIB
-        limit_memory(more)
+        spare = 512 * MIB if guided else 128 * MIB
+        limit_memory(spare)
         signal.signal(signal.SIGVTALRM, too_long)  # of processor time: the machine may have other things to do
 
         def one(content: bytes) -> None:
@@ -496,7 +496,7 @@ def run(count: int, seed: int, seconds: float, report: str | None, guided: bool)
                 warm = resident()
             if judge.counts["files"] % 10_000 == 0:
                 summary()
-                limit_memory(more)  # anew, as the tracer has taken some of it
+                limit_memory(spare)  # anew, as the tracer has taken some of it
 
         def summary() -> None:
             # What resident memory grows by is the tracer's, which keeps half a kilobyte of every file for good.
