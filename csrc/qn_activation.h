@@ -3,6 +3,7 @@
  * Activation functions, of vectors: fixed sequences of + - * /, within 2^-22 * max(1, |x|) of the true value. Made of the verbs that
  * qn_tile.h lists.
  */
+
 /* 2^y for -126 <= y <= 0: 2^n * 2^f with |f| <= 1/2, which is exact to take off, and 2^f by a polynomial fitted for its
  * relative error (7.5e-8). */
 QN_INLINE VF exp2_of_negative(VF y) {

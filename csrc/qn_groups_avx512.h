@@ -97,7 +97,7 @@ QN_INLINE VF row_of_groups(const qn_call *c, const qn_rows *rows, int64_t row, c
     const uint8_t *a = rows->a + row * rows->a_stride, *b = panel + w->codes_at, *zeros = panel + w->zero_at;
     const int32_t *pairs = rows->sum + row * rows->sum_row;
     VF total = vf_splat(-0.0f), row_scale = vf_splat(rows->scale[row]);
-    __m512i zero = _mm512_set1_epi32(w->one_zero << 16);
+    __m512i zero = (__m512i)vu_splat((uint32_t)w->one_zero << 16);
     for (int64_t g = 0; g < w->groups; g++, pairs += rows->sum_group) {
         group_sums sums = {vu_splat(0), vu_splat(0), vu_splat(0)};
         int64_t k = w->group_k;

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: BSD-3-Clause
  *
- * Rows of activations: their ranges, scales, zero points, codes and sums of codes. Made of the verbs that qn_tile.h lists, after which, and after
- * qn_range.h, an instruction set's file includes this.
+ * Rows of activations: their ranges, scales, zero points, codes and sums of codes. Made of the verbs that qn_tile.h lists, after
+ * which an instruction set's file includes this, and of the `finite_range` of qn_range.h.
  */
 #include "qn_quantize.h"
 

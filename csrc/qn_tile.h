@@ -1,15 +1,17 @@
 /* SPDX-License-Identifier: BSD-3-Clause
  *
  * Everything around the products is the same on every instruction set. An instruction set's file defines a vector of QN_W floats and the
- * verbs below, then includes this file, which finishes a tile that is in registers, and these, each once:
+ * verbs below, then includes this file, which finishes a tile that is in registers, and of these what it has not from elsewhere, each
+ * once and in this order:
  *
+ *   qn_range.h               the range of a row of activations
  *   qn_rows.h                rows of activations to codes
  *   qn_epilogue.h            finished sums to y
- *   qn_groups_tile.h         weights with small groups, where the kernel adds up groups by itself
+ *   qn_unpack.h              weights with small groups, and int4, unpacked for many rows
+ *   qn_groups_tile.h         what finishes a group, on vectors of 256 bits
  *
  * The text is one, so the order of every operation is one, and so are the bits. Kernels with vectors of one width have what is not
  * inlined from one file, under other names: qn_around_avx2.h.
- *
  *
  *   VF, VI, VU               vectors of QN_W floats, int32, uint32 (plain numbers where QN_W is 1); + - * / & | ^ << >> work
  *   vf_load vf_store vu_load vu_store vf_splat vu_splat

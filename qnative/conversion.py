@@ -91,7 +91,8 @@ def quantize_named_parameters(
     Returns
     -------
     dict of str to QuantizedTensor or array
-        Under the same names, in the same order; what is left alone is the very object that was given.
+        Under the same names, in the same order; what is left alone, a `QuantizedTensor` too, is the very object that
+        was given.
 
     Raises
     ------
@@ -103,7 +104,7 @@ def quantize_named_parameters(
     rules = Rules(include, exclude)
     found: dict[str, QuantizedTensor | NDArray[Any]] = {}
     for name, given in params.items() if isinstance(params, Mapping) else params:
-        code = dtype_code(np.asarray(given).dtype)
+        code = None if isinstance(given, QuantizedTensor) else dtype_code(np.asarray(given).dtype)
         if code and rules.kind(name, code, np.shape(given)):
             found[name] = _quantize(name, *to_storage(given), config, nan)[0]
         else:
@@ -173,6 +174,8 @@ def quantize_model(
 
     Raises
     ------
+    TypeError
+        If a parameter is no array, or quantized already.
     ValueError
         If a weight holds NaN or infinity, a bias does not fit its weight, or `calibration` or `activation` names a
         layer that does not exist.

@@ -15,6 +15,7 @@ from qnative.granularity import Granules
 from qnative.tensor import (
     QuantizedTensor,
     quantize_tensor,
+    refuse_quantized,
     store_codes,
     store_scale,
     store_zero_point,
@@ -169,9 +170,12 @@ class QuantizedLinear(_core.PackedLinear):
 
         Raises
         ------
+        TypeError
+            For weights that are not of floats, or quantized already.
         ValueError
             For shapes or settings that do not fit; the message says which and what to do.
         """
+        refuse_quantized(weight, "from_tensor() takes it as it is; ")
         config = QuantConfig.int8_per_channel() if config is None else config
         found = _row_parameters(weight, config)
         if found is None:

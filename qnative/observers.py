@@ -6,6 +6,7 @@ An observer is a method: the statistics it keeps (`qnative.streams`) and the rul
 
 from __future__ import annotations
 
+import copy
 import math
 import operator
 from abc import ABC, abstractmethod
@@ -184,7 +185,8 @@ class Observer(ABC):
 
     def _of_one_reading(self, x: NDArray[Any]) -> Self:
         """Return an observer of a batch alone, which may still be refused, so that one reading is enough."""
-        batch = type(self)(self.axis, **{name: getattr(self, name) for name in self.options})
+        batch = copy.copy(self)  # a derived class may have an __init__ of its own
+        batch.reset()
         batch._allocate(1)
         (histogram,) = batch._statistics.values()
         assert isinstance(histogram, Histogram)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from qnative.files import SafetensorsFile
 from qnative.floats import decode
 from qnative.storage import STORAGE, NamedTensor, TensorInfo, printable
+from qnative.tensor import refuse_quantized
 
 if TYPE_CHECKING:
     import logging
@@ -211,6 +212,7 @@ def _from_pairs(pairs: Iterable[tuple[str, Any]]) -> Iterator[NamedTensor]:
         if not isinstance(name, str) or not name:
             raise TypeError(f"a parameter's name must be a non-empty string, not {name!r}")
         try:
+            refuse_quantized(array)
             tensor = NamedTensor.of(name, array)
         except TypeError as error:
             raise TypeError(f"{name}: {error}") from None

@@ -80,7 +80,7 @@ def rows_of(x: NDArray[Any], axis: int | None, size: int, each: int) -> Iterator
     """
     if axis is not None:
         size = min(max(SLAB, each * x.shape[axis]), MOST)
-    elif not x.flags.c_contiguous or x.dtype not in (np.float32, np.float64):
+    elif not (x.flags.c_contiguous and x.flags.aligned) or x.dtype not in (np.float32, np.float64):
         size = min(size, SLAB)
     for piece in pieces(x, () if axis is None else (axis,), size):
         if axis is None:

@@ -34,7 +34,7 @@ from qnative.floats import as_float_array, decode, encode, float_dtype
 from qnative.granularity import Granules, block_min_max
 from qnative.storage import possible_shape
 
-__all__ = ["QuantizedTensor", "dequantize_tensor", "error_measures", "quantize_tensor"]
+__all__ = ["QuantizedTensor", "dequantize_tensor", "error_measures", "quantize_tensor", "refuse_quantized"]
 
 #: What a tensor may have been before.
 ORIGINAL_DTYPES = ("float32", "float64", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
@@ -346,6 +346,15 @@ def store_codes(codes: NDArray[Any], zero_point: NDArray[Any], config: QuantConf
     return packed.reshape(-1).view("<i4").astype(np.int32, copy=False).reshape((*codes.shape[:-1], _words(count)))
 
 
+def refuse_quantized(x: object, instead: str = "") -> None:
+    """TypeError for what NumPy would decode, so that it would be quantized twice without a word."""
+    if isinstance(x, QuantizedTensor):
+        raise TypeError(
+            f"a QuantizedTensor of {x.config.dtype} is quantized already; {instead}give the floats it was made from, "
+            "or its dequantize() if a second error on top of the first is meant"
+        )
+
+
 def quantize_tensor(
     x: ArrayLike,
     config: QuantConfig | None = None,
@@ -377,7 +386,7 @@ def quantize_tensor(
     ValueError
         For NaN or infinities, a scale that cannot be stored, or qparams that do not fit.
     TypeError
-        If x is not of floats, config no `QuantConfig` or qparams no `QParams`.
+        If x is not of floats, or quantized already, config no `QuantConfig` or qparams no `QParams`.
 
     Examples
     --------
@@ -387,6 +396,7 @@ def quantize_tensor(
            [ 127,   16]], dtype=int8)
     """
     config = QuantConfig.int8() if config is None else check_config(config)
+    refuse_quantized(x)
     values = as_float_array(x)
     info, granules = config.info, Granules.of_config(values.shape, config)
     check_nan(nan)

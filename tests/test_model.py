@@ -186,6 +186,14 @@ def test_quantize_named_parameters() -> None:
     assert qn.quantize_named_parameters(iter(params.items()))["table"].config == qn.QuantConfig.int8_per_channel()
 
 
+def test_what_is_quantized_is_not_quantized_again() -> None:
+    once = qn.quantize_named_parameters(checkpoint(), qn.QuantConfig.int4_per_group(4))
+    twice = qn.quantize_named_parameters(once)
+    assert all(twice[name] is value for name, value in once.items() if isinstance(value, qn.QuantizedTensor))
+    with pytest.raises(TypeError, match=r"layer.0.ffn.weight: .*int4 is quantized already"):
+        qn.quantize_model({name: once[name] for name in ("layer.0.norm.bias", "layer.0.ffn.weight")})
+
+
 def test_nan_is_reported_with_its_name() -> None:
     bad = weights(4, 4)
     bad[1, 2] = np.nan

@@ -21,7 +21,14 @@ from numpy.typing import NDArray
 from qnative import observers
 from qnative.config import ObserverMethod, QParams, QuantConfig, qparams_from_range
 from qnative.elementwise import fake_quantize, sqnr
-from qnative.observers import CalibrationCollector, MinMaxObserver, Observer, make_observer, observe_once
+from qnative.observers import (
+    CalibrationCollector,
+    MinMaxObserver,
+    Observer,
+    PercentileObserver,
+    make_observer,
+    observe_once,
+)
 from qnative.ranges import _HistogramError
 from qnative.streams import SIDE, Averages, Histogram, Moments
 from qnative.tensor import quantize_tensor
@@ -353,6 +360,33 @@ def test_a_large_batch_is_read_once_and_counted_the_same(
     assert_same_state(once.merge(observed(method, x[:10])), twice)
     assert not np.signbit(once.min_val) or once.min_val < 0
     assert not np.signbit(once.max_val) or once.max_val < 0
+
+
+@pytest.mark.parametrize("how", ["unaligned", "strided", "float16"])
+def test_what_takes_a_copy_is_read_piece_by_piece(how: str) -> None:
+    n = observers.ONCE
+    x = {
+        "unaligned": lambda: np.zeros(4 * n + 1, np.uint8)[1:].view(np.float32),  # a file mapped from an odd byte on
+        "strided": lambda: np.zeros((n, 2), np.float32).T[1],
+        "float16": lambda: np.zeros(n, np.float16),
+    }[how]()
+    tracemalloc.start()
+    observed("kl", x)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 << 20, f"{x.nbytes >> 20} MiB"
+
+
+def test_a_derived_observer_may_have_its_own_constructor(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Tails(PercentileObserver):
+        def __init__(self) -> None:
+            super().__init__(percentile=99.0)
+
+    monkeypatch.setattr(observers, "ONCE", 1000)
+    x = gauss(3000)
+    ours, theirs = Tails(), observed("percentile", x, percentile=99.0)
+    ours.observe(x)
+    np.testing.assert_array_equal(ours.calibrated_range(INT8), theirs.calibrated_range(INT8))
 
 
 def test_what_is_not_finite_in_a_large_batch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,6 +159,15 @@ def test_numpy_sees_the_values() -> None:
             np.asarray(q, copy=False)
 
 
+def test_what_is_quantized_is_not_quantized_again() -> None:
+    q = qn.quantize_tensor(np.ones((8, 32), np.float32), qn.QuantConfig.int4_per_group(32))
+    with pytest.raises(TypeError, match=r"int4 is quantized already.*dequantize\(\)"):
+        qn.quantize_tensor(q)
+    with pytest.raises(TypeError, match=r"int4 is quantized already; from_tensor\(\)"):
+        qn.QuantizedLinear.from_float(q)
+    assert qn.quantize_tensor(q.dequantize()).config == qn.QuantConfig.int8()
+
+
 def test_take_refuses_what_is_not_a_row() -> None:
     q = qn.quantize_tensor(np.ones((5, 3), np.float32), qn.QuantConfig.int8_per_channel())
     for rows in ([5], [0, 99], [-6]):

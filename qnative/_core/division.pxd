@@ -1,9 +1,9 @@
 """Division by multiplication, with the bits of the true one.
 
-With r = fl(1 / s), t = fl(x r) and e = fl(x - t s), fl(t + e r) is fl(x / s): csrc/qn_tile.h says why, tests/division.c has
-looked at every s. It holds while nothing is subnormal or overflows, which is what `divides_by_multiplying` asks of s; where the
-quotient is below 2^-18, e may be subnormal, and the result is the quotient but for its last places, of which no code
-(a whole number, or a float8) depends. Of the zeros only +0 comes out.
+With r = fl(1 / s), t = fl(x r) and e = fl(x - t s), fl(t + e r) is fl(x / s): tests/division.c says why, and has looked at
+every s (csrc/qn_quantize.h divides so too). It holds while nothing is subnormal or overflows, which is what
+`divides_by_multiplying` asks of s; where the quotient is below 2^-18, e may be subnormal, and the result is the quotient but
+for its last places, on which no code (a whole number, or a float8) depends. Of the zeros only +0 comes out.
 """
 
 from libc.math cimport fmaf

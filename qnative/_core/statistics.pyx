@@ -557,7 +557,7 @@ def histogram(
     cdef Py_ssize_t c, channels = x.shape[0], n = x.shape[1], i, step = 1 << 20
     cdef uint16_t *few
     cdef Ends ends
-    ends.sought = False
+    ends.sought, ends.bad = False, 0
     if power.shape[0] != channels or zeros.shape[0] != channels or counts.shape[0] != channels:
         raise ValueError(f"histogram: {channels} channels in x, not so many elsewhere")
     if counts.shape[1] != 2 or counts.shape[2] != SIDE:
