@@ -6,6 +6,7 @@ import ctypes
 import math
 import mmap
 import os
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,10 @@ try:
     ISAS: dict[str, bool] = dict(isas())
 except ImportError:  # not built: each test module says so by itself
     ISAS = {"scalar": True}
+
+# A shell that starts the tests in the background has Ctrl-C ignored, which some of them are about.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile(
     "ci", max_examples=150, deadline=None, derandomize=True, database=None,
