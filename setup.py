@@ -60,7 +60,8 @@ else:
     if DEBUG:
         compile_args.append("-g")
     if SANITIZE:
-        compile_args += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]
+        # Python's own flags make signed overflow wrap around, which would then go unseen.
+        compile_args += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-wrapv", "-g"]
         link_args += ["-fsanitize=address,undefined"]
 
 
