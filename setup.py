@@ -47,6 +47,11 @@ else:
         "-fno-trapping-math",
         "-g0",  # Python's own flags ask for debug information, which is most of a wheel
     ]
+    # Of Python's own flags, which CFLAGS in the environment would take the place of.
+    if not SANITIZE:
+        compile_args.append("-fwrapv")
+    if not (DEBUG or SANITIZE):
+        compile_args.append("-DNDEBUG")
     if platform.machine() in ("x86_64", "AMD64"):
         compile_args.append("-march=x86-64-v2")  # the floor every wheel runs on; faster kernels are chosen at import
     compile_args.append("-pthread")
