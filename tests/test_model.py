@@ -1307,47 +1307,34 @@ def test_a_model_that_packing_would_make_huge_is_neither_saved_nor_loaded(
     assert not (tmp_path / "n.json").exists() and len(os.listdir(tmp_path)) == 2
 
 
-def test_what_packing_takes_meanwhile_counts_too(tmp_path: Path) -> None:
-    """Rows of no elements take 16 bytes each when packed, and 5 more until they are."""
-    for rows, fits in ((1 << 20, False), (700_000, True)):
-        q = qn.QuantizedTensor(
-            np.empty((rows, 0), np.int8), np.float32([1]).reshape(()), np.zeros((), np.int8), (rows, 0), "float32",
-            qn.QuantConfig.int8(),
-        )  # fmt: skip
-        model, path = qn.QuantizedModel({"a": qn.QuantizedLinear.from_tensor(q)}), tmp_path / "m.safetensors"
-        if not fits:
-            with pytest.raises(ValueError, match="a: packing grows"):
-                model.save(path)
-            continue
-        model.save(path)
-        tracemalloc.start()
-        try:
-            assert qn.QuantizedModel.load(path)["a"].out_features == rows
-            assert tracemalloc.get_traced_memory()[1] <= 2 * path.stat().st_size + (16 << 20)
-        finally:
-            tracemalloc.stop()
+@pytest.mark.parametrize(
+    ("config", "too_large", "fits"),
+    [
+        # Rows of no elements take 16 bytes each when packed, and 5 more until they are.
+        (qn.QuantConfig.int8(), (1 << 20, 0), (700_000, 0)),
+        # Eight rows take twice their bytes when packed, and are there themselves meanwhile.
+        (qn.QuantConfig.int8_per_channel(), (8, 2_400_000), (8, 1_900_000)),
+    ],
+)
+def test_what_packing_takes_meanwhile_counts_too(
+    config: qn.QuantConfig, too_large: tuple[int, int], fits: tuple[int, int], tmp_path: Path
+) -> None:
+    def model(shape: tuple[int, int]) -> qn.QuantizedModel:
+        scale = np.ones(() if config.axis is None else shape[0], np.float32)
+        q = qn.QuantizedTensor(np.ones(shape, np.int8), scale, np.zeros((), np.int8), shape, "float32", config)
+        return qn.QuantizedModel({"a": qn.QuantizedLinear.from_tensor(q)})
 
-
-def test_what_is_packed_counts_until_it_is(tmp_path: Path) -> None:
-    """Eight rows take twice their bytes when packed, and are there themselves meanwhile."""
     path = tmp_path / "m.safetensors"
-    for columns, fits in ((2_400_000, False), (1_900_000, True)):
-        q = qn.QuantizedTensor(
-            np.ones((8, columns), np.int8), np.ones(8, np.float32), np.zeros((), np.int8), (8, columns),
-            "float32", qn.QuantConfig.int8_per_channel(),
-        )  # fmt: skip
-        model = qn.QuantizedModel({"a": qn.QuantizedLinear.from_tensor(q)})
-        if not fits:
-            with pytest.raises(ValueError, match="a: packing grows"):
-                model.save(path)
-            continue
-        model.save(path)
-        tracemalloc.start()
-        try:
-            assert qn.QuantizedModel.load(path)["a"].in_features == columns
-            assert tracemalloc.get_traced_memory()[1] <= 2 * path.stat().st_size + (16 << 20)
-        finally:
-            tracemalloc.stop()
+    with pytest.raises(ValueError, match="a: packing grows"):
+        model(too_large).save(path)
+    model(fits).save(path)
+    tracemalloc.start()
+    try:
+        layer = qn.QuantizedModel.load(path)["a"]
+        assert (layer.out_features, layer.in_features) == fits
+        assert tracemalloc.get_traced_memory()[1] <= 2 * path.stat().st_size + (16 << 20)
+    finally:
+        tracemalloc.stop()
 
 
 def test_the_configuration_counts_too(tmp_path: Path) -> None:
