@@ -15,7 +15,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SETUP = (ROOT / "setup.py").read_text(encoding="utf-8")
 #: setup.py's flags for a release, sanitizers and debugging left out.
-FLAGS = ["-std=c11", "-O3", "-g0", *re.findall(r'"(-f(?!sanitize|no-sanitize|no-wrapv)[a-z=-]+|-march=[a-z0-9-]+)"', SETUP)]
+RELEASE_FLAG = r'"(-f(?!sanitize|no-sanitize|no-wrapv)[a-z=-]+|-march=[a-z0-9-]+)"'
+FLAGS = ["-std=c11", "-O3", "-g0", *re.findall(RELEASE_FLAG, SETUP)]
 #: The instructions that make a loop a hot one.
 HOT = re.compile(r"\s(?:{vex} )?(vpmaddwd|vpdpbusd|vfmadd\w+)\s")
 LABEL = re.compile(r"^([\w.$]+):")
