@@ -271,11 +271,9 @@ def fake_quantize(
     result = np.empty(values.shape, np.float32) if into is None else into
     float8 = info.name if info.is_float else None
     flat = values.reshape(-1)
-    if _core.fake_quantize(flat, scales, zeros, granules.walk, low, high, float8, result.reshape(-1)):
-        if nan == "raise":
-            refuse_nonfinite(values)
-        if info.is_float:  # the float8 loop keeps NaN
-            result[np.isnan(values)] = 0.0
+    nonfinite = _core.fake_quantize(flat, scales, zeros, granules.walk, low, high, float8, result.reshape(-1))
+    if nonfinite and nan == "raise":
+        refuse_nonfinite(values)
     return deliver(cast_floats(result, wanted), out)
 
 

@@ -5,8 +5,8 @@ read-only, outputs are allocated by the caller and written in full. Sizes are ch
 and a wrong one raises ValueError; meaning (which dtype, which range, what message a user needs) is Python's.
 Long loops run without the GIL.
 
-elementwise   quantize dequantize quantize_float8 dequantize_float8 pack_nibbles unpack_nibbles
-fake_quant    fake_quantize fake_quantize_backward
+elementwise   quantize dequantize fake_quantize quantize_float8 dequantize_float8 pack_nibbles unpack_nibbles
+fake_quant    fake_quantize_backward
 floats        encode encode8 decode decode8
 levels        level level_of usable_levels use_level
 linear        PackedLinear activate isa isas cpu_features row_ranges scratch_kept
@@ -19,12 +19,13 @@ threads       MAX_THREADS get_num_threads set_num_threads set_default_threads (c
 from qnative._core.elementwise import (
     dequantize,
     dequantize_float8,
+    fake_quantize,
     pack_nibbles,
     quantize,
     quantize_float8,
     unpack_nibbles,
 )
-from qnative._core.fake_quant import fake_quantize, fake_quantize_backward
+from qnative._core.fake_quant import fake_quantize_backward
 from qnative._core.floats import decode, decode8, encode, encode8
 from qnative._core.levels import level, level_of, usable_levels, use_level
 from qnative._core.limits import (

@@ -1,5 +1,5 @@
 # cython: boundscheck=False
-"""Quantize and dequantize: one element rule each, one walk over the scales, at several instruction levels.
+"""Quantize, dequantize and fake-quantize: one element rule each, one walk over the scales, at several instruction levels.
 
 a) Every granularity is one walk (`walk.pxd`), which a long array is given in pieces (`pieces.pxd`).
 b) Python has checked and coerced; these functions check again every size that guards a pointer.
@@ -8,22 +8,24 @@ c) A batch is what is done in one loop (`next_batch`): runs of whole vectors, or
 d) The loops are over 64 elements (or 32), known to the compiler, which needs neither a beginning nor an end; what is left
    over is done as 64 of which some are not wanted.
 e) The rules clamp in floating point, so that no conversion overflows. float64 input has plain loops of its own.
+f) Division is by multiplying (`division.pxd`) where that gives its bits. For NaN, infinities and what is too large for it,
+   it does not; they are so rare that the loop only notices them, and the whole piece is then done once more, by dividing.
 """
 
 from libc.float cimport DBL_MAX
-from libc.math cimport fabs, fmaf, rint, rintf
-from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t
+from libc.math cimport fabs, fmaf, rint
+from libc.stdint cimport int32_t, uint8_t, uint32_t, uintptr_t
 from libc.string cimport memcpy, memset
 
 from qnative._core.division cimport divide_by_multiplying, divided
 from qnative._core.floats cimport (
-    Decoder, Encoder, Format, decode_code, decoder_of, encode_float, encoder_of, format_of, to_odd,
+    Decoder, Encoder, Format, decode_code, decoder_of, encode_float, encoder_of, float8_of, round_float, to_odd,
 )
 from qnative._core.levels cimport (
-    AHEAD, AVX2, AVX512, ask, at_avx2, at_avx512, at_baseline, chosen_level, inlined, own_bytes, own_floats,
+    AHEAD, AVX2, AVX512, SPAN, ask, at_avx2, at_avx512, at_baseline, chosen_level, fetch, inlined, own_bytes, own_floats,
 )
 from qnative._core.pieces cimport PIECE, in_pieces, qn_atomic, qn_atomic_add, qn_atomic_get
-from qnative._core.walk cimport Walk, by_columns, check_sizes, new_walk, next_run, next_start, part, rows_share, skip_runs
+from qnative._core.walk cimport Walk, by_columns, check_sizes, new_walk, next_run, part, rows_share, skip_runs
 
 ctypedef fused real:
     float
@@ -31,18 +33,22 @@ ctypedef fused real:
 
 cdef enum:
     WIDE = 64     # elements of a step: a vector of codes, at least
-    HALF = 32     # or of a step within groups of such a size, the usual one
+    HALF = 32     # or of a step that is a group of such a size, the usual one
     LONG = 256    # a run of so many elements is worth a loop of its own, what is left over another
     BATCH = 1024  # elements whose parameters are laid out: they stay in the L1 cache
+    COLUMNS = 4096  # the same for rows that share them: whole rows mostly, as memory is read best; they stay in L2
     CHUNK = 16    # entries that are laid out at a time, some of them perhaps beyond what is asked for
     ROWS = 16     # of a piece, for which the parameters of columns are laid out once
     PICOSECONDS = 300  # an element takes, roughly
+    ROUNDER = 12582912  # 1.5 * 2^23, whose last place is 1 and whose last byte 0: a sum with it is rounded to even
 
 
 cdef enum Pass:
-    QUANTIZE
-    QUANTIZE8
-    DEQUANTIZE
+    QUANTIZE      # float to codes
+    QUANTIZE8     # the same to float8
+    FAKE          # float to codes to float
+    FAKE8
+    DEQUANTIZE    # codes to float
     DEQUANTIZE8
 
 
@@ -65,12 +71,20 @@ cdef struct Task:
 
 
 cdef struct Parameters:  # an entry for each element of a batch, or for each of its runs
-    float scale[BATCH + WIDE]
-    float reciprocal[BATCH + WIDE]
-    float least[BATCH + WIDE]  # x is clamped to these before it is divided by multiplying, else its quotient is
+    float scale[COLUMNS + WIDE]
+    float zero[COLUMNS + WIDE]  # the zero point, and what `flip` adds to every code
+    float reciprocal[BATCH + WIDE]  # not of columns, which are divided by: it is one more array to read
+    float least[BATCH + WIDE]  # of runs alone, that are encoded: codes, plus ROUNDER, less the zero point
     float most[BATCH + WIDE]
-    uint8_t zero_byte[BATCH + WIDE]
-    int32_t zero[BATCH + WIDE]  # of these two, what the rule needs
+
+
+cdef struct Entry:
+    float scale, reciprocal, zero, least, most
+
+
+cdef struct Room:  # for parameters at the beginning of a cache line: no vector of theirs then lies in two
+    Parameters parameters
+    char rest[63]
 
 
 cdef struct Batch:
@@ -79,168 +93,174 @@ cdef struct Batch:
     Py_ssize_t start, runs, size, scale
     # the batch
     Py_ssize_t begin, count
-    Py_ssize_t span     # elements of an entry of parameters: 1, or a multiple of WIDE, or `halves`, of HALF
-    bint halves
+    Py_ssize_t span     # elements of an entry of parameters: 1, HALF, or a multiple of WIDE
+    Py_ssize_t rows, stride  # so many times `count` elements, so far apart, with the same parameters
     Py_ssize_t ahead    # how far ahead lies what is worked on next, in elements
-    Py_ssize_t columns  # the first scale of the parameters that are laid out, in a walk by columns, else -1
+    bint may_multiply   # instead of dividing
     bint by_multiplying
 
 
-# Element rules: of WIDE elements, or `width`, the parameters being p's entry `at` or (`each`) an entry each, from there. What is not
-# finite makes a NaN of a lane of `tracks`.
+# Element rules: of WIDE elements, or `width`, the parameters being `e` or (`each`) an entry of p each, from `at` on.
 
 cdef inlined track(float x, bint fused, float *lane) noexcept nogil:
+    """Make the lane NaN if x is not finite."""
     if fused:
         lane[0] = fmaf(x, 0, lane[0])
     else:
         lane[0] += x * <float>0
 
 
-cdef inlined to_codes(
-    const float *x, own_bytes out, const Parameters *p, Py_ssize_t at, Py_ssize_t width, bint by_multiplying, bint each,
-    bint fused, own_floats tracks
+cdef inlined quotient(
+    float x, float scale, float reciprocal, bint by_multiplying, bint fused, float *lane, float *result
 ) noexcept nogil:
-    """clamp(rint(x / s) + z, low, high); NaN becomes the zero point."""
+    """x / scale, 0 for NaN. The lane becomes NaN if x is not finite, or too large to be divided by multiplying."""
+    if by_multiplying:
+        divided(x, scale, reciprocal, True, result)
+        track(result[0], fused, lane)
+    else:
+        track(x, fused, lane)
+        result[0] = (x if x == x else 0) / scale
+
+
+cdef inlined encode_integers(
+    const float *x, own_bytes codes, own_floats values, Entry e, const Parameters *p, Py_ssize_t at, Py_ssize_t width,
+    bint fake, bint by_multiplying, bint each, bint fused, own_floats tracks
+) noexcept nogil:
+    """clamp(rint(x / s) + z, low, high), or what that decodes to."""
     cdef Py_ssize_t i
-    cdef float scale = p.scale[at], reciprocal = p.reciprocal[at], least = p.least[at], most = p.most[at], v, q
-    cdef uint8_t zero = p.zero_byte[at]
+    cdef uint8_t zero = 0 if each else <uint8_t><int32_t>e.zero
+    cdef float q
     cdef uint32_t bits
     for i in range(width):
         if each:
-            scale, reciprocal, zero = p.scale[at + i], p.reciprocal[at + i], p.zero_byte[at + i]
-            least, most = p.least[at + i], p.most[at + i]
-        v = x[i]
-        track(v, fused, &tracks[i])
-        v = v if v == v else 0
-        if by_multiplying:  # clamped before, which is the same: the ends are codes, and divide to within half of one
-            v = least if v < least else v
-            v = most if v > most else v
-            divided(v, scale, reciprocal, True, &q)
-        else:
-            q = rintf(v / scale)
-            q = least if q < least else q
-            q = most if q > most else q
-        q += <float>12582912  # 1.5 * 2^23, whose last place is 1 and whose last byte 0: rounds to even
-        memcpy(&bits, &q, 4)
-        out[i] = <uint8_t>(<uint8_t>bits + zero)
-
-
-cdef inlined to_codes8(
-    const float *x, own_bytes out, const Parameters *p, Py_ssize_t at, Encoder e, bint each, bint fused,
-    own_floats tracks
-) noexcept nogil:
-    """encode(x / s), saturating; NaN becomes 0. Dividing takes less long than what multiplying instead would need besides."""
-    cdef Py_ssize_t i
-    cdef float scale = p.scale[at], v
-    cdef uint32_t bits
-    for i in range(WIDE):
+            e.scale, e.zero = p.scale[at + i], p.zero[at + i]
+        if each and by_multiplying:
+            e.reciprocal = p.reciprocal[at + i]
+        quotient(x[i], e.scale, e.reciprocal, by_multiplying, fused, &tracks[i], &q)
+        q += <float>ROUNDER
         if each:
-            scale = p.scale[at + i]
-        v = x[i]
-        track(v, fused, &tracks[i])
-        v = v if v == v else 0
-        encode_float(v / scale, e, False, False, False, False, &bits)
-        out[i] = <uint8_t>bits
+            q += e.zero
+        q = e.least if q < e.least else q
+        q = e.most if q > e.most else q
+        if fake:
+            q -= <float>ROUNDER
+            if each:
+                q -= e.zero
+            values[i] = q * e.scale
+        else:
+            memcpy(&bits, &q, 4)
+            codes[i] = <uint8_t>(<uint8_t>bits + zero)
 
 
-cdef inlined from_codes(
-    const uint8_t *codes, own_floats out, const Parameters *p, Py_ssize_t at, int32_t flip, int32_t low, bint each,
-    own_bytes largest
+cdef inlined encode_float8(
+    const float *x, own_bytes codes, own_floats values, Entry e, const Parameters *p, Py_ssize_t at, Py_ssize_t width,
+    Encoder format, bint fake, bint by_multiplying, bint each, bint fused, own_floats tracks
+) noexcept nogil:
+    """encode(x / s), saturating, or what that decodes to. The sign is x's: multiplying makes no negative zero."""
+    cdef Py_ssize_t i
+    cdef float q
+    cdef uint32_t encoded[WIDE]
+    for i in range(width):
+        if each:
+            e.scale = p.scale[at + i]
+        if each and by_multiplying:
+            e.reciprocal = p.reciprocal[at + i]
+        quotient(x[i], e.scale, e.reciprocal, by_multiplying, fused, &tracks[i], &q)
+        if fake:
+            round_float(q, x[i], format, &q)
+            values[i] = q * e.scale
+        else:
+            encode_float(q, x[i], format, False, False, False, True, &encoded[i])
+    if not fake:  # a loop of its own, or compilers make bytes of each part of a code and put these together
+        for i in range(width):
+            codes[i] = <uint8_t>encoded[i]
+
+
+cdef inlined decode_integers(
+    const uint8_t *codes, own_floats out, Entry e, const Parameters *p, Py_ssize_t at, Py_ssize_t width, int32_t flip, int32_t low,
+    bint each, own_bytes largest
 ) noexcept nogil:
     """(code - z) * s; a lane of `largest` gets the largest code, less the lowest that there may be."""
     cdef Py_ssize_t i
     cdef uint8_t above
-    cdef float scale = p.scale[at]
-    cdef int32_t zero = p.zero[at] + flip
-    for i in range(WIDE):
+    for i in range(width):
         if each:
-            scale, zero = p.scale[at + i], p.zero[at + i] + flip
-        out[i] = <float>((codes[i] ^ flip) - zero) * scale
+            e.scale, e.zero = p.scale[at + i], p.zero[at + i]
+        out[i] = (<float>(codes[i] ^ flip) - e.zero) * e.scale
         above = <uint8_t>(codes[i] - low)
         largest[i] = above if above > largest[i] else largest[i]
 
 
-cdef inlined from_codes8(
-    const uint8_t *codes, own_floats out, const Parameters *p, Py_ssize_t at, Decoder d, bint each
+cdef inlined decode_float8(
+    const uint8_t *codes, own_floats out, Entry e, const Parameters *p, Py_ssize_t at, Py_ssize_t width, Decoder format,
+    bint each
 ) noexcept nogil:
     cdef Py_ssize_t i
-    cdef float scale = p.scale[at], v
-    for i in range(WIDE):
+    cdef float v
+    for i in range(width):
         if each:
-            scale = p.scale[at + i]
-        decode_code(codes[i], d, False, False, False, &v)
-        out[i] = v * scale
+            e.scale = p.scale[at + i]
+        decode_code(codes[i], format, False, False, False, &v)
+        out[i] = v * e.scale
 
 
 # Batches
 
-cdef inlined parameters_of(
-    const Task *t, const float *s, const int32_t *z, bint encoding, bint by_multiplying, float *scale, float *reciprocal,
-    float *least, float *most
-) noexcept nogil:
-    cdef float unit = s[0] if by_multiplying else <float>1
-    scale[0] = s[0]
-    if encoding:
-        reciprocal[0] = <float>1 / s[0]
-        least[0], most[0] = <float>(t.low - z[0]) * unit, <float>(t.high - z[0]) * unit
-
-
 cdef inlined lay_each(
-    const Task *t, Parameters *p, Py_ssize_t at, Py_ssize_t n, const float *s, const int32_t *z, bint encoding,
-    bint by_multiplying
+    Parameters *p, Py_ssize_t at, Py_ssize_t n, const float *s, const int32_t *z, int32_t flip, bint reciprocals
 ) noexcept nogil:
     """Lay out n sets of parameters as entries at .. at + n - 1."""
     cdef Py_ssize_t i
     for i in range(n):
-        parameters_of(
-            t, s + i, z + i, encoding, by_multiplying, &p.scale[at + i], &p.reciprocal[at + i], &p.least[at + i],
-            &p.most[at + i],
-        )
-        if encoding:
-            p.zero_byte[at + i] = <uint8_t>z[i]
-        else:
-            p.zero[at + i] = z[i]
+        p.scale[at + i], p.zero[at + i] = s[i], <float>(z[i] + flip)
+        if reciprocals:
+            p.reciprocal[at + i] = <float>1 / s[i]
+
+
+cdef inlined lay_ends(Parameters *p, Py_ssize_t n, int32_t low, int32_t high) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(n):
+        p.least[i], p.most[i] = <float>(ROUNDER + low) - p.zero[i], <float>(ROUNDER + high) - p.zero[i]
 
 
 cdef inlined lay_groups(
-    const Task *t, Parameters *p, Py_ssize_t at, Py_ssize_t n, Py_ssize_t size, const float *s, const int32_t *z,
-    bint encoding, bint by_multiplying
+    Parameters *p, Py_ssize_t at, Py_ssize_t n, Py_ssize_t size, const float *s, const int32_t *z, int32_t flip,
+    bint encoding
 ) noexcept nogil:
     """The same, each of them for so many elements, an entry an element."""
     cdef Py_ssize_t g, i, j
-    cdef float scale, reciprocal = 0, least = 0, most = 0
+    cdef float scale, reciprocal, zero
     for g in range(n):
-        parameters_of(t, s + g, z + g, encoding, by_multiplying, &scale, &reciprocal, &least, &most)
+        scale, reciprocal, zero = s[g], <float>1 / s[g], <float>(z[g] + flip)
         i = at + g * size
         while i < at + (g + 1) * size:
             for j in range(CHUNK):
-                p.scale[i + j] = scale
+                p.scale[i + j], p.zero[i + j] = scale, zero
                 if encoding:
-                    p.reciprocal[i + j], p.least[i + j], p.most[i + j] = reciprocal, least, most
-                    p.zero_byte[i + j] = <uint8_t>z[g]
-                else:
-                    p.zero[i + j] = z[g]
+                    p.reciprocal[i + j] = reciprocal
             i += CHUNK
 
 
-cdef inlined lay_rest(Parameters *p, Py_ssize_t at) noexcept nogil:
+cdef inlined lay_rest(Parameters *p, Py_ssize_t at, bint by_multiplying) noexcept nogil:
     """Entries beyond a batch, for elements that nobody asked for: a whole vector is worked on."""
     cdef Py_ssize_t i
     for i in range(at, at + WIDE):
-        p.scale[i], p.reciprocal[i], p.least[i], p.most[i], p.zero_byte[i], p.zero[i] = 1, 1, 0, 0, 0, 0
+        p.scale[i], p.zero[i] = 1, 0
+        if by_multiplying:
+            p.reciprocal[i] = 1
 
 
 cdef inlined next_batch(const Task *t, Batch *b, Parameters *p, bint encoding, bint fused, bint *found) noexcept nogil:
     """Find what can be done in one loop, and lay out its parameters; `found` is False when all is done.
 
-    encoding : to integers. fused : whether there are fused multiply-adds.
+    fused : whether there are fused multiply-adds.
     """
     cdef Walk *w = &b.walk
     cdef Py_ssize_t n, taken
     cdef const float *s
     cdef const int32_t *z
     cdef bint apart, fast = False
-    b.count, b.ahead, found[0] = 0, AHEAD // 4, True
+    b.count, b.rows, b.stride, b.ahead, found[0] = 0, 1, 0, AHEAD // 4, True
     while True:
         if not b.runs:
             if not next_run(w):
@@ -251,27 +271,25 @@ cdef inlined next_batch(const Task *t, Batch *b, Parameters *p, bint encoding, b
                 b.runs, b.size = w.count, 1
             elif w.count < LONG or w.count % WIDE == 0:
                 b.runs += skip_runs(w, BATCH)
-        if w.tile and w.scale == b.columns:  # whose parameters are there
-            b.begin, b.count, b.runs, b.ahead = w.start, w.count, 0, next_start(w) - w.start
-            return
         # a loop with an entry for each run
-        b.halves = encoding and b.size < LONG and b.size % WIDE != 0 and b.size % HALF == 0
-        apart = b.size >= LONG or b.size % WIDE == 0 or b.halves
-        n = min(b.runs, <Py_ssize_t>BATCH if apart else (BATCH - b.count) // b.size)
+        apart = b.size >= LONG or b.size % WIDE == 0 or b.size == HALF
+        n = min(b.runs, <Py_ssize_t>COLUMNS if w.tile else <Py_ssize_t>BATCH if apart else (BATCH - b.count) // b.size)
         if b.count and (apart or n == 0 or b.start != b.begin + b.count):
             return
         s, z = &t.scale[b.scale], &t.zero[b.scale]
-        if fused and encoding:
+        if fused and b.may_multiply and not w.tile:
             divide_by_multiplying(s, n, &fast)
         if b.count and fast != b.by_multiplying:
             return
         if not b.count:
-            b.begin, b.by_multiplying, b.columns = b.start, fast, -1
+            b.begin, b.by_multiplying = b.start, fast
         if apart or b.size == 1:
-            lay_each(t, p, b.count, n, s, z, encoding, fast)
+            lay_each(p, b.count, n, s, z, t.flip, encoding and not w.tile)
+            if apart and encoding:
+                lay_ends(p, n, t.low, t.high)
         else:
-            lay_groups(t, p, b.count, n, b.size, s, z, encoding, fast)
-        b.span = 1 if not apart else b.size if b.halves else b.size // WIDE * WIDE
+            lay_groups(p, b.count, n, b.size, s, z, t.flip, encoding)
+        b.span = 1 if not apart else b.size if b.size == HALF else b.size // WIDE * WIDE
         taken = n * (b.span if apart else b.size)
         b.count += taken
         b.start += taken
@@ -281,169 +299,214 @@ cdef inlined next_batch(const Task *t, Batch *b, Parameters *p, bint encoding, b
             b.runs -= n
             b.scale += n
         if w.tile:
-            b.columns, b.ahead = w.scale, next_start(w) - w.start
+            b.rows, b.stride = (w.stop - w.at) // w.inner, w.inner
         if w.tile or apart:
             return
 
 
-cdef inlined encode_step(
-    const Task *t, const float *x, uint8_t *out, const Parameters *p, Py_ssize_t at, Py_ssize_t width, bint is8,
-    bint by_multiplying, bint each, bint fused, float *tracks
-) noexcept nogil:
-    if is8:
-        to_codes8(x, out, p, at, t.encoder, each, fused, tracks)
-    else:
-        to_codes(x, out, p, at, width, by_multiplying, each, fused, tracks)
+cdef inline bint is_float8(Pass which) noexcept nogil:
+    return which == QUANTIZE8 or which == FAKE8 or which == DEQUANTIZE8
 
 
-cdef inlined encode_batch(
-    const Task *t, const Batch *b, Parameters *p, Py_ssize_t width, bint is8, bint by_multiplying, bint each, bint fused,
-    float *tracks
+cdef inlined encode_row(
+    const Task *t, const Batch *b, const float *x, uint8_t *codes, float *values, Parameters *p, Py_ssize_t width,
+    Pass which, bint by_multiplying, bint each, bint fused, float *tracks
 ) noexcept nogil:
-    cdef const float *x = t.x + b.begin
-    cdef uint8_t *out = t.codes_out + b.begin
-    cdef Py_ssize_t i = 0, entry = 0, end, rest
-    cdef float values[WIDE]
-    cdef uint8_t codes[WIDE]
-    cdef const float *x_at
-    cdef uint8_t *out_at
-    while i < b.count:
-        end = b.count if each else i + b.span
+    cdef Py_ssize_t i = 0, entry = 0, end, rest, count = b.count, ahead = b.ahead
+    cdef float some_x[WIDE]
+    cdef float some_values[WIDE]
+    cdef uint8_t some_codes[WIDE]
+    cdef const float *from_x
+    cdef uint8_t *to_codes
+    cdef float *to_values
+    cdef bint fake = which == FAKE or which == FAKE8
+    cdef Encoder format = t.encoder
+    cdef Entry e
+    e.reciprocal = 1
+    while i < count:
+        end = count if each else i + (HALF if width == HALF else b.span)
+        e.scale, e.zero = p.scale[entry], p.zero[entry]
+        if each:
+            e.least, e.most = <float>(ROUNDER + t.low), <float>(ROUNDER + t.high)
+        else:
+            e.reciprocal, e.least, e.most = p.reciprocal[entry], p.least[entry], p.most[entry]
         while i < end:
-            ask(x + i, b.ahead * 4, width * 4)
-            ask(out + i, b.ahead, width)
-            rest, x_at, out_at = b.count - i, x + i, out + i
+            ask(x + i, ahead * 4, width * 4)
+            if fake:
+                ask(values + i, ahead * 4, width * 4)
+            else:
+                ask(codes + i, ahead, width)
+            rest, from_x, to_codes, to_values = count - i, x + i, codes + i, values + i
             if each and rest < WIDE:
-                memset(values, 0, sizeof(values))
-                memcpy(values, x_at, rest * 4)
-                lay_rest(p, b.count)
-                x_at, out_at = values, codes
-            encode_step(t, x_at, out_at, p, i if each else entry, width, is8, by_multiplying, each, fused, tracks)
+                memset(some_x, 0, sizeof(some_x))
+                memcpy(some_x, from_x, rest * 4)
+                lay_rest(p, count, by_multiplying)
+                from_x, to_codes, to_values = some_x, some_codes, some_values
+            if is_float8(which):
+                encode_float8(
+                    from_x, to_codes, to_values, e, p, i, width, format, fake, by_multiplying, each, fused, tracks
+                )
+            else:
+                encode_integers(
+                    from_x, to_codes, to_values, e, p, i, width, fake, by_multiplying, each, fused, tracks
+                )
             if each and rest < WIDE:
-                memcpy(out + i, codes, rest)
+                if fake:
+                    memcpy(values + i, some_values, rest * 4)
+                else:
+                    memcpy(codes + i, some_codes, rest)
             i += width
         entry += 1
 
 
-cdef inlined decode_step(
-    const Task *t, const uint8_t *codes, float *out, const Parameters *p, Py_ssize_t at, bint is8, bint each,
+cdef inlined encode_batch(
+    const Task *t, const Batch *b, Parameters *p, Py_ssize_t width, Pass which, bint by_multiplying, bint each,
+    bint fused, float *tracks
+) noexcept nogil:
+    cdef const float *x = t.x + b.begin
+    cdef uint8_t *codes = t.codes_out
+    cdef float *values = t.out
+    cdef Py_ssize_t row
+    if which == FAKE or which == FAKE8:
+        values += b.begin
+    else:
+        codes += b.begin
+    for row in range(b.rows if each else 1):
+        encode_row(t, b, x, codes, values, p, width, which, by_multiplying, each, fused, tracks)
+        x += b.stride
+        if which == FAKE or which == FAKE8:
+            values += b.stride
+        else:
+            codes += b.stride
+
+
+cdef inlined decode_row(
+    const Task *t, const Batch *b, const uint8_t *codes, float *out, Parameters *p, Py_ssize_t width, bint is8, bint each,
     uint8_t *largest
 ) noexcept nogil:
-    if is8:
-        from_codes8(codes, out, p, at, t.decoder, each)
-    else:
-        from_codes(codes, out, p, at, t.flip, t.low, each, largest)
-
-
-cdef inlined decode_batch(
-    const Task *t, const Batch *b, Parameters *p, bint is8, bint each, uint8_t *largest
-) noexcept nogil:
-    cdef const uint8_t *codes = t.codes + b.begin
-    cdef float *out = t.out + b.begin
-    cdef Py_ssize_t i = 0, entry = 0, end, rest
+    cdef Py_ssize_t i = 0, entry = 0, end, rest, count = b.count, ahead = b.ahead
+    cdef int32_t flip = t.flip, low = t.low
+    cdef Decoder format = t.decoder
+    cdef Entry e
     cdef float values[WIDE]
     cdef uint8_t some[WIDE]
-    cdef const uint8_t *codes_at
-    cdef float *out_at
-    while i < b.count:
-        end = b.count if each else i + b.span
+    cdef const uint8_t *from_codes
+    cdef float *to_values
+    while i < count:
+        end = count if each else i + (HALF if width == HALF else b.span)
+        e.scale, e.zero = p.scale[entry], p.zero[entry]
         while i < end:
-            ask(codes + i, b.ahead, WIDE)
-            ask(out + i, b.ahead * 4, WIDE * 4)
-            rest, codes_at, out_at = b.count - i, codes + i, out + i
+            ask(codes + i, ahead, width)
+            ask(out + i, ahead * 4, width * 4)
+            rest, from_codes, to_values = count - i, codes + i, out + i
             if each and rest < WIDE:
-                memset(some, 0, sizeof(some))
-                memcpy(some, codes_at, rest)
-                lay_rest(p, b.count)
-                codes_at, out_at = some, values
-            decode_step(t, codes_at, out_at, p, i if each else entry, is8, each, largest)
+                memset(some, low & 0xFF, sizeof(some))
+                memcpy(some, from_codes, rest)
+                lay_rest(p, count, False)
+                from_codes, to_values = some, values
+            if is8:
+                decode_float8(from_codes, to_values, e, p, i, width, format, each)
+            else:
+                decode_integers(from_codes, to_values, e, p, i, width, flip, low, each, largest)
             if each and rest < WIDE:
                 memcpy(out + i, values, rest * 4)
-            i += WIDE
+            i += width
         entry += 1
 
 
-# Passes: a batch after the other
-
-cdef inlined note(Task *t, float *tracks) noexcept nogil:
-    cdef Py_ssize_t i
-    for i in range(1, WIDE):
-        tracks[0] += tracks[i]
-    if tracks[0] != 0:
-        qn_atomic_add(&t.nonfinite, 1)
-
-
-cdef inlined note_codes(Task *t, uint8_t *largest) noexcept nogil:
-    cdef Py_ssize_t i
-    for i in range(1, WIDE):
-        largest[0] = max(largest[0], largest[i])
-    if largest[0] > t.high - t.low:
-        qn_atomic_add(&t.beyond, 1)
+cdef inlined decode_batch(
+    const Task *t, const Batch *b, Parameters *p, Py_ssize_t width, bint is8, bint each, uint8_t *largest
+) noexcept nogil:
+    cdef const uint8_t *codes = t.codes + b.begin
+    cdef float *out = t.out + b.begin
+    cdef Py_ssize_t row
+    for row in range(b.rows if each else 1):
+        decode_row(t, b, codes, out, p, width, is8, each, largest)
+        codes += b.stride
+        out += b.stride
 
 
-cdef inlined quantize_pass(Task *t, Batch *b, Parameters *p, bint fused) noexcept nogil:
-    cdef float tracks[WIDE]
-    cdef bint found
-    memset(tracks, 0, sizeof(tracks))
-    while True:
-        next_batch(t, b, p, True, fused, &found)
-        if not found:
-            break
-        if fused and b.by_multiplying:
-            if b.span == 1:
-                encode_batch(t, b, p, WIDE, False, True, True, fused, tracks)
-            elif b.halves:
-                encode_batch(t, b, p, HALF, False, True, False, fused, tracks)
-            else:
-                encode_batch(t, b, p, WIDE, False, True, False, fused, tracks)
-        elif b.span == 1:
-            encode_batch(t, b, p, WIDE, False, False, True, fused, tracks)
-        elif b.halves:
-            encode_batch(t, b, p, HALF, False, False, False, fused, tracks)
-        else:
-            encode_batch(t, b, p, WIDE, False, False, False, fused, tracks)
-    note(t, tracks)
+cdef inlined encode_spans(
+    const Task *t, const Batch *b, Parameters *p, Pass which, bint by_multiplying, bint fused, float *tracks
+) noexcept nogil:
+    if b.span == 1:
+        encode_batch(t, b, p, WIDE, which, by_multiplying, True, fused, tracks)
+    elif b.span == HALF:
+        encode_batch(t, b, p, HALF, which, by_multiplying, False, fused, tracks)
+    else:
+        encode_batch(t, b, p, WIDE, which, by_multiplying, False, fused, tracks)
 
 
-cdef inlined other_pass(Task *t, Batch *b, Parameters *p, bint fused) noexcept nogil:
-    """Those that need scales and zero points alone."""
+cdef inlined encode(
+    const Task *t, const Batch *b, Parameters *p, Pass which, bint fused, float *tracks
+) noexcept nogil:
+    if fused and b.by_multiplying:
+        encode_spans(t, b, p, which, True, fused, tracks)
+    else:
+        encode_spans(t, b, p, which, False, fused, tracks)
+
+
+cdef inlined decode(
+    const Task *t, const Batch *b, Parameters *p, bint is8, uint8_t *largest
+) noexcept nogil:
+    if b.span == 1:
+        decode_batch(t, b, p, WIDE, is8, True, largest)
+    elif b.span == HALF:
+        decode_batch(t, b, p, HALF, is8, False, largest)
+    else:
+        decode_batch(t, b, p, WIDE, is8, False, largest)
+
+
+cdef inlined work_once(
+    Task *t, const Walk *w, bint may_multiply, bint fused, bint *odd, uint8_t *greatest
+) noexcept nogil:
+    """A batch after the other. `odd`: whether a lane of `tracks` became NaN."""
+    cdef Batch b
+    cdef Room room
+    cdef Parameters *p = <Parameters *>((<uintptr_t>&room + 63) & ~<uintptr_t>63)
     cdef float tracks[WIDE]
     cdef uint8_t largest[WIDE]
     cdef bint found
+    cdef Py_ssize_t i
+    memset(&b, 0, sizeof(b))
     memset(tracks, 0, sizeof(tracks))
     memset(largest, 0, sizeof(largest))
+    b.walk, b.may_multiply = w[0], may_multiply
     while True:
-        next_batch(t, b, p, False, False, &found)
+        next_batch(t, &b, p, t.which < DEQUANTIZE, fused, &found)
         if not found:
             break
-        if t.which == QUANTIZE8:
-            if b.span == 1:
-                encode_batch(t, b, p, WIDE, True, False, True, fused, tracks)
-            else:
-                encode_batch(t, b, p, WIDE, True, False, False, fused, tracks)
+        if t.which == QUANTIZE:
+            encode(t, &b, p, QUANTIZE, fused, tracks)
+        elif t.which == QUANTIZE8:
+            encode(t, &b, p, QUANTIZE8, fused, tracks)
+        elif t.which == FAKE:
+            encode(t, &b, p, FAKE, fused, tracks)
+        elif t.which == FAKE8:
+            encode(t, &b, p, FAKE8, fused, tracks)
         elif t.which == DEQUANTIZE:
-            if b.span == 1:
-                decode_batch(t, b, p, False, True, largest)
-            else:
-                decode_batch(t, b, p, False, False, largest)
-        elif b.span == 1:
-            decode_batch(t, b, p, True, True, largest)
+            decode(t, &b, p, False, largest)
         else:
-            decode_batch(t, b, p, True, False, largest)
-    note(t, tracks)
-    note_codes(t, largest)
+            decode(t, &b, p, True, largest)
+    for i in range(1, WIDE):
+        tracks[0] += tracks[i]
+        largest[0] = max(largest[0], largest[i])
+    odd[0], greatest[0] = tracks[0] != 0, largest[0]
 
 
 cdef inlined work(Task *t, Walk w, bint fused) noexcept nogil:
     """`fused`: whether there are fused multiply-adds."""
-    cdef Batch b
-    cdef Parameters p
-    memset(&b, 0, sizeof(b))
-    b.walk, b.columns = w, -1
-    if t.which == QUANTIZE:
-        quantize_pass(t, &b, &p, fused)
-    else:
-        other_pass(t, &b, &p, fused)
+    cdef bint odd, may_multiply = fused and t.which < DEQUANTIZE
+    cdef uint8_t greatest
+    while True:
+        work_once(t, &w, may_multiply, fused, &odd, &greatest)
+        if not (odd and may_multiply):
+            break
+        may_multiply = False  # once more: what is not finite has a code too, and what multiplying cannot divide
+    if odd:
+        qn_atomic_add(&t.nonfinite, 1)
+    if greatest > t.high - t.low:
+        qn_atomic_add(&t.beyond, 1)
 
 
 cdef at_baseline work_baseline(Task *t, Walk w) noexcept nogil:
@@ -463,7 +526,7 @@ cdef void work_wide(Task *t, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
     cdef Walk w = part(&t.walk, begin, end)
     cdef Py_ssize_t i, k
     cdef double x, lo, hi
-    cdef float quotient
+    cdef float value
     cdef uint32_t code
     cdef bint nonfinite = False
     while next_run(&w):
@@ -473,15 +536,22 @@ cdef void work_wide(Task *t, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
             nonfinite |= not (fabs(x) <= DBL_MAX)
             x = x / <double>t.scale[k]
             x = x if x == x else 0
-            if t.which == QUANTIZE8:
-                to_odd(x, &quotient)
-                encode_float(quotient, t.encoder, False, False, False, False, &code)
-                t.codes_out[w.start + i] = <uint8_t>code
+            if is_float8(t.which):
+                to_odd(x, &value)
+                if t.which == FAKE8:
+                    round_float(value, value, t.encoder, &value)
+                    t.out[w.start + i] = value * t.scale[k]
+                else:
+                    encode_float(value, value, t.encoder, False, False, False, True, &code)
+                    t.codes_out[w.start + i] = <uint8_t>code
+                continue
+            lo, hi = <double>(t.low - t.zero[k]), <double>(t.high - t.zero[k])
+            x = rint(x)
+            x = lo if x < lo else x
+            x = hi if x > hi else x
+            if t.which == FAKE:
+                t.out[w.start + i] = <float>(<int32_t>x) * t.scale[k]
             else:
-                lo, hi = <double>(t.low - t.zero[k]), <double>(t.high - t.zero[k])
-                x = rint(x)
-                x = lo if x < lo else x
-                x = hi if x > hi else x
                 t.codes_out[w.start + i] = <uint8_t>(<int32_t>x + t.zero[k])
     if nonfinite:
         qn_atomic_add(&t.nonfinite, 1)
@@ -501,7 +571,7 @@ cdef void piece(void *task, Py_ssize_t begin, Py_ssize_t end, int thread) noexce
 
 
 cdef Walk walk_over(const Walk *w, Py_ssize_t begin, Py_ssize_t end) noexcept nogil:
-    return by_columns(w, begin, end, BATCH) if rows_share(w) else part(w, begin, end)
+    return by_columns(w, begin, end, COLUMNS) if rows_share(w) else part(w, begin, end)
 
 
 cdef int run_pieces(Task *t) except -1:
@@ -509,6 +579,20 @@ cdef int run_pieces(Task *t) except -1:
     if rows_share(&t.walk):  # whole rows
         step = max(PIECE // inner, min(<Py_ssize_t>ROWS, ROWS * PIECE // inner), 1) * inner
     return in_pieces(piece, t, t.walk.size, PICOSECONDS, 1 << 10, step)
+
+
+cdef Task new_task(
+    Pass which, const float[::1] scale, tuple layout, Py_ssize_t size, Py_ssize_t out_size, Py_ssize_t zeros
+) except *:
+    """A task whose sizes fit each other; of no elements, its walk's size is 0 and it has no scales."""
+    cdef Task t
+    memset(&t, 0, sizeof(t))
+    t.which, t.walk = which, new_walk(layout)
+    check_sizes(&t.walk, size, out_size, scale.shape[0], zeros)
+    if t.walk.size:
+        t.scale = &scale[0]
+        t.zero = <const int32_t *>t.scale  # of float8 there are none, and those that are laid out are not looked at
+    return t
 
 
 # What Python calls
@@ -521,17 +605,14 @@ def quantize(
 
     NaN becomes the zero point. Returns whether x has a NaN or an infinity. out shares no memory with x.
     """
-    cdef Task t
-    memset(&t, 0, sizeof(t))
-    t.walk = new_walk(layout)
-    check_sizes(&t.walk, x.shape[0], out.shape[0], scale.shape[0], zero.shape[0])
+    cdef Task t = new_task(QUANTIZE, scale, layout, x.shape[0], out.shape[0], zero.shape[0])
     if t.walk.size == 0:
         return False
     if real is float:
         t.x = &x[0]
     else:
         t.x_wide = &x[0]
-    t.which, t.scale, t.zero, t.low, t.high, t.codes_out = QUANTIZE, &scale[0], &zero[0], low, high, &out[0]
+    t.zero, t.low, t.high, t.codes_out = &zero[0], low, high, &out[0]
     run_pieces(&t)
     return qn_atomic_get(&t.nonfinite) != 0
 
@@ -543,21 +624,37 @@ def quantize_float8(
 
     dtype : a format with a negative zero. Returns whether x has a NaN or an infinity. out shares no memory with x.
     """
-    cdef const Format *f = format_of(dtype)
-    cdef Task t
-    memset(&t, 0, sizeof(t))
-    if f.sign_bit != 0x80 or f.unsigned_zero:
-        raise ValueError(f"{dtype} is not a float8 format with a negative zero")
-    t.walk = new_walk(layout)
-    check_sizes(&t.walk, x.shape[0], out.shape[0], scale.shape[0], scale.shape[0])
+    cdef Task t = new_task(QUANTIZE8, scale, layout, x.shape[0], out.shape[0], scale.shape[0])
+    t.encoder = encoder_of(float8_of(dtype), True)
     if t.walk.size == 0:
         return False
     if real is float:
         t.x = &x[0]
     else:
         t.x_wide = &x[0]
-    t.which, t.scale, t.zero, t.codes_out = QUANTIZE8, &scale[0], <const int32_t *>&scale[0], &out[0]  # no zeros are read
-    t.encoder = encoder_of(f, True)
+    t.codes_out = &out[0]
+    run_pieces(&t)
+    return qn_atomic_get(&t.nonfinite) != 0
+
+
+def fake_quantize(
+    const real[::1] x not None, const float[::1] scale not None, const int32_t[::1] zero not None, tuple layout,
+    int32_t low, int32_t high, str float8, float[::1] out not None,
+):
+    """Write what x decodes to after quantization, in float32; NaN becomes 0. Returns whether x has a NaN or an infinity.
+
+    float8 : the name of a format, or None for integer codes low..high. out shares no memory with x.
+    """
+    cdef Task t = new_task(FAKE if float8 is None else FAKE8, scale, layout, x.shape[0], out.shape[0], zero.shape[0])
+    if float8 is not None:
+        t.encoder = encoder_of(float8_of(float8), True)
+    if t.walk.size == 0:
+        return False
+    if real is float:
+        t.x = &x[0]
+    else:
+        t.x_wide = &x[0]
+    t.zero, t.low, t.high, t.out = &zero[0], low, high, &out[0]
     run_pieces(&t)
     return qn_atomic_get(&t.nonfinite) != 0
 
@@ -570,13 +667,9 @@ def dequantize(
 
     Returns whether a code is outside of low .. high.
     """
-    cdef Task t
-    memset(&t, 0, sizeof(t))
-    t.walk = new_walk(layout)
-    check_sizes(&t.walk, codes.shape[0], out.shape[0], scale.shape[0], zero.shape[0])
+    cdef Task t = new_task(DEQUANTIZE, scale, layout, codes.shape[0], out.shape[0], zero.shape[0])
     if t.walk.size:
-        t.which, t.codes, t.flip, t.scale, t.zero = DEQUANTIZE, &codes[0], 0x80 if is_signed else 0, &scale[0], &zero[0]
-        t.low, t.high, t.out = low, high, &out[0]
+        t.codes, t.flip, t.zero, t.low, t.high, t.out = &codes[0], 0x80 if is_signed else 0, &zero[0], low, high, &out[0]
         run_pieces(&t)
     return qn_atomic_get(&t.beyond) != 0
 
@@ -586,16 +679,10 @@ def dequantize_float8(
     float[::1] out not None,
 ):
     """Write decode(code) * scale in float32; dtype as for `quantize_float8`."""
-    cdef const Format *f = format_of(dtype)
-    cdef Task t
-    memset(&t, 0, sizeof(t))
-    if f.sign_bit != 0x80 or f.unsigned_zero:
-        raise ValueError(f"{dtype} is not a float8 format with a negative zero")
-    t.walk = new_walk(layout)
-    check_sizes(&t.walk, codes.shape[0], out.shape[0], scale.shape[0], scale.shape[0])
+    cdef Task t = new_task(DEQUANTIZE8, scale, layout, codes.shape[0], out.shape[0], scale.shape[0])
+    t.decoder = decoder_of(float8_of(dtype))
     if t.walk.size:
-        t.which, t.codes, t.scale, t.zero = DEQUANTIZE8, &codes[0], &scale[0], <const int32_t *>&scale[0]
-        t.decoder, t.out = decoder_of(f), &out[0]
+        t.codes, t.out = &codes[0], &out[0]
         run_pieces(&t)
 
 
@@ -611,9 +698,12 @@ cdef struct Nibbles:
 
 cdef inlined pack_pairs(const uint8_t *codes, own_bytes out, Py_ssize_t n, uint32_t flip) noexcept nogil:
     """n bytes; (code + offset) & 15 is (code ^ offset) & 15."""
-    cdef Py_ssize_t i
-    for i in range(n):
-        out[i] = <uint8_t>(((codes[2 * i] ^ flip) & 15) | ((codes[2 * i + 1] ^ flip) << 4))
+    cdef Py_ssize_t i, begin = 0
+    while begin < n:
+        fetch(codes + 2 * begin, 2 * SPAN)
+        for i in range(begin, min(begin + <Py_ssize_t>SPAN, n)):
+            out[i] = <uint8_t>(((codes[2 * i] ^ flip) & 15) | ((codes[2 * i + 1] ^ flip) << 4))
+        begin += SPAN
 
 
 cdef inlined unpack_pairs(const uint8_t *packed, own_bytes out, Py_ssize_t n, uint32_t offset) noexcept nogil:

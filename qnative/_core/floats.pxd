@@ -40,44 +40,68 @@ cdef struct Decoder:
     int32_t shift, sign_shift
 
 
+cdef inline inlined lifted(
+    uint32_t magnitude, Encoder e, uint32_t *exponent, uint32_t *big_bits, float *big, float *total
+) noexcept nogil:
+    """A magnitude, clipped, plus a number `big` of the exponent at which the last place is worth what the code's is.
+
+    The sum is rounded to it: what it has beyond `big` is the mantissa, leading one and all, which carries into the
+    exponent by itself. Subnormals are the lowest exponent continued downwards.
+    """
+    cdef uint32_t clipped = magnitude if magnitude < e.most else e.most
+    cdef float value
+    memcpy(&value, &clipped, 4)
+    clipped &= 0x7F800000u
+    exponent[0] = clipped if clipped > e.least else e.least
+    big_bits[0] = exponent[0] + e.lift
+    memcpy(big, big_bits, 4)
+    total[0] = value + big[0]
+
+
 cdef inline inlined encode_float(
-    float x, Encoder e, bint unsigned_zero, bint nan_payload, bint bfloat, bint clean, uint32_t *result
+    float x, float signed_like, Encoder e, bint unsigned_zero, bint nan_payload, bint bfloat, bint number,
+    uint32_t *result
 ) noexcept nogil:
     """Round to nearest, ties to even; NaN stays NaN.
 
-    The format has the constants unsigned_zero, nan_payload and bfloat; with `clean`, a constant too, x is no NaN and rounds
-    to nothing beyond e.most.
+    signed_like : what has the sign, x or a number that x was made of. The format has the constants unsigned_zero,
+    nan_payload and bfloat; with `number`, a constant too, x is no NaN.
     """
-    cdef uint32_t bits, magnitude, exponent, rounded, code, sign, nan = e.nan_code
-    cdef float value, big
+    cdef uint32_t bits, magnitude, exponent, big_bits, code, sign, nan = e.nan_code
+    cdef float big, total
     memcpy(&bits, &x, 4)
     magnitude = bits & 0x7FFFFFFFu
-    sign = (bits >> e.sign_shift) & e.sign_bit
+    memcpy(&sign, &signed_like, 4)
+    sign = (sign >> e.sign_shift) & e.sign_bit
     if nan_payload:
         nan |= (bits >> 13) & 0x3FFu
     if bfloat:  # half of a float32, exponent and all
         exponent = magnitude if magnitude < e.most else e.most
         code = (exponent + 0x7FFFu + ((exponent >> 16) & 1)) >> 16
     else:
-        # magnitude + big, big of the exponent at which the last place is worth what the code's is, rounds to it: what
-        # the sum has beyond big is the mantissa, leading one and all, which carries into the exponent by itself.
-        # Subnormals are the lowest exponent continued downwards.
-        exponent = magnitude if clean or magnitude < e.most else e.most
-        memcpy(&value, &exponent, 4)
-        exponent &= 0x7F800000u
-        exponent = exponent if exponent > e.least else e.least
-        rounded = exponent + e.lift
-        memcpy(&big, &rounded, 4)
-        value += big
-        memcpy(&code, &value, 4)
-        code += (exponent >> e.shift) - rounded - e.base
+        lifted(magnitude, e, &exponent, &big_bits, &big, &total)
+        memcpy(&code, &total, 4)
+        code += (exponent >> e.shift) - big_bits - e.base
     if unsigned_zero:
         sign = sign if (code & 0x7Fu) != 0 else 0
         code |= sign
         result[0] = nan if magnitude > 0x7F800000u else code
     else:
-        code = code if clean or magnitude <= 0x7F800000u else nan
+        code = code if number or magnitude <= 0x7F800000u else nan
         result[0] = code | sign
+
+
+cdef inline inlined round_float(float x, float signed_like, Encoder e, float *result) noexcept nogil:
+    """What the code of x, a saturating one, decodes to; of NaN, something."""
+    cdef uint32_t bits, exponent, big_bits
+    cdef float big, total
+    memcpy(&bits, &x, 4)
+    lifted(bits & 0x7FFFFFFFu, e, &exponent, &big_bits, &big, &total)
+    total -= big
+    memcpy(&exponent, &total, 4)
+    memcpy(&bits, &signed_like, 4)
+    exponent |= bits & 0x80000000u  # the sign, of zero too
+    memcpy(result, &exponent, 4)
 
 
 cdef inline inlined to_odd(double x, float *result) noexcept nogil:
@@ -119,6 +143,6 @@ cdef inline inlined decode_code(
 
 
 cdef const Format *format_of(str name) except NULL
-cdef const float *decode_table(str name) except NULL  # the 256 values of a float8 format
+cdef const Format *float8_of(str name) except NULL  # one with a negative zero; ValueError for another
 cdef Encoder encoder_of(const Format *format, bint saturate) noexcept
 cdef Decoder decoder_of(const Format *format) noexcept

@@ -4,12 +4,13 @@
 The six formats differ only in numbers, so they are rows of one table.
 """
 
-from libc.math cimport INFINITY, NAN, ldexp
+from libc.math cimport ldexp
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t
 from libc.string cimport memcpy
 
 from qnative._core.levels cimport (
-    AVX2, AVX512, SPAN, at_avx2, at_avx512, at_baseline, chosen_level, fetch, inlined, own_bytes, own_floats, own_words,
+    AVX2, AVX512, SPAN, at_avx2, at_avx512, at_baseline, chosen_level, fetch, inlined, own_bytes, own_codes, own_floats,
+    own_words,
 )
 from qnative._core.pieces cimport in_pieces
 
@@ -18,7 +19,6 @@ ctypedef fused real:
     double
 
 cdef Format FORMATS[6]
-cdef float TABLES[4][256]
 cdef dict INDEX = {
     "float8_e4m3fn": 0, "float8_e5m2": 1, "float8_e4m3fnuz": 2, "float8_e5m2fnuz": 3, "float16": 4, "bfloat16": 5,
 }
@@ -40,37 +40,15 @@ cdef double value_of(int magnitude, const Format *f) noexcept:
     return ldexp(mantissa + (1 << f.mantissa_bits), exponent - f.bias - f.mantissa_bits)
 
 
-cdef float decode_one(int code, const Format *f) noexcept:
-    cdef int magnitude = code & (f.sign_bit - 1)
-    cdef double value
-    if f.unsigned_zero and code == f.nan_code:
-        return NAN
-    if magnitude > f.max_code:
-        value = INFINITY if (magnitude == f.overflow_code and f.overflow_code != f.nan_code) else NAN
-    else:
-        value = value_of(magnitude, f)
-    return <float>(-value if code & f.sign_bit else value)
-
-
-cdef void fill_tables() noexcept:
-    cdef int i, code
-    for i in range(4):
-        for code in range(256):
-            TABLES[i][code] = decode_one(code, &FORMATS[i])
-
-
-fill_tables()
-
-
 cdef const Format *format_of(str name) except NULL:
     return &FORMATS[<int>INDEX[name]]
 
 
-cdef const float *decode_table(str name) except NULL:
-    cdef int i = INDEX[name]
-    if i > 3:
-        raise ValueError(f"{name} has no table")
-    return TABLES[i]
+cdef const Format *float8_of(str name) except NULL:
+    cdef const Format *f = format_of(name)
+    if f.sign_bit != 0x80 or f.unsigned_zero:
+        raise ValueError(f"{name} is not a float8 format with a negative zero")
+    return f
 
 
 cdef Encoder encoder_of(const Format *f, bint saturate) noexcept:
@@ -135,35 +113,41 @@ cdef Kind kind_of(const Format *f) noexcept:
     return FLOAT16 if f.nan_payload else BFLOAT16
 
 
-cdef inlined encode_bytes(const real *x, own_bytes out, Py_ssize_t n, Encoder e, bint unsigned_zero) noexcept nogil:
-    cdef Py_ssize_t i, begin = 0
-    cdef uint32_t code
+# Encoding is two loops a span, or compilers make narrow integers of each part of a code and put these together.
+
+cdef inlined encode_span(
+    const real *x, own_codes codes, Py_ssize_t n, Encoder e, bint unsigned_zero, bint nan_payload, bint bfloat
+) noexcept nogil:
+    cdef Py_ssize_t i
     cdef float value
+    fetch(x, n * sizeof(real))
+    for i in range(n):
+        if real is float:
+            value = x[i]
+        else:
+            to_odd(x[i], &value)
+        encode_float(value, value, e, unsigned_zero, nan_payload, bfloat, False, &codes[i])
+
+
+cdef inlined encode_bytes(const real *x, own_bytes out, Py_ssize_t n, Encoder e, bint unsigned_zero) noexcept nogil:
+    cdef Py_ssize_t i, begin = 0, count
+    cdef uint32_t codes[SPAN]
     while begin < n:
-        fetch(x + begin, SPAN * sizeof(real))
-        for i in range(begin, min(begin + <Py_ssize_t>SPAN, n)):
-            if real is float:
-                value = x[i]
-            else:
-                to_odd(x[i], &value)
-            encode_float(value, e, unsigned_zero, False, False, False, &code)
-            out[i] = <uint8_t>code
+        count = min(n - begin, <Py_ssize_t>SPAN)
+        encode_span(x + begin, codes, count, e, unsigned_zero, False, False)
+        for i in range(count):
+            out[begin + i] = <uint8_t>codes[i]
         begin += SPAN
 
 
 cdef inlined encode_words(const real *x, own_words out, Py_ssize_t n, Encoder e, bint bfloat) noexcept nogil:
-    cdef Py_ssize_t i, begin = 0
-    cdef uint32_t code
-    cdef float value
+    cdef Py_ssize_t i, begin = 0, count
+    cdef uint32_t codes[SPAN]
     while begin < n:
-        fetch(x + begin, SPAN * sizeof(real))
-        for i in range(begin, min(begin + <Py_ssize_t>SPAN, n)):
-            if real is float:
-                value = x[i]
-            else:
-                to_odd(x[i], &value)
-            encode_float(value, e, False, not bfloat, bfloat, False, &code)
-            out[i] = <uint16_t>code
+        count = min(n - begin, <Py_ssize_t>SPAN)
+        encode_span(x + begin, codes, count, e, False, not bfloat, bfloat)
+        for i in range(count):
+            out[begin + i] = <uint16_t>codes[i]
         begin += SPAN
 
 

@@ -21,7 +21,7 @@ hardware's own look ahead stops at the end of every page; `ask` is for what lies
 would keep it from being vectorized.
 """
 
-from libc.stdint cimport uint8_t, uint16_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t
 
 cdef extern from *:
     """
@@ -48,6 +48,7 @@ cdef extern from *:
     typedef float *QN_RESTRICT qn_own_floats;
     typedef uint8_t *QN_RESTRICT qn_own_bytes;
     typedef uint16_t *QN_RESTRICT qn_own_words;
+    typedef uint32_t *QN_RESTRICT qn_own_codes;
     static QN_INLINED void qn_ask(const void *p, ptrdiff_t ahead, size_t bytes) {
     #if defined(__GNUC__) || defined(__clang__)
         const uintptr_t first = (uintptr_t)p + (uintptr_t)ahead;
@@ -67,6 +68,7 @@ cdef extern from *:
     ctypedef float *own_floats "qn_own_floats"
     ctypedef uint8_t *own_bytes "qn_own_bytes"
     ctypedef uint16_t *own_words "qn_own_words"
+    ctypedef uint32_t *own_codes "qn_own_codes"
     void ask "qn_ask"(const void *p, Py_ssize_t ahead, size_t size) noexcept nogil
     void fetch "qn_fetch"(const void *p, size_t size) noexcept nogil
     const Py_ssize_t AHEAD "QN_AHEAD"

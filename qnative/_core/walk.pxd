@@ -59,9 +59,9 @@ cdef inline bint rows_share(const Walk *w) noexcept nogil:
 
 
 cdef inline Walk by_columns(const Walk *whole, Py_ssize_t begin, Py_ssize_t end, Py_ssize_t tile) noexcept nogil:
-    """The walk over whole rows that share scales, so many columns of all of them first: their scales stay in a cache."""
+    """The walk over whole rows that share scales: a run is so many columns, of the first row, and stands for those of all."""
     cdef Walk w = whole[0]
-    w.at, w.stop, w.tile, w.column, w.start = begin, end, tile, -tile, end
+    w.at, w.stop, w.tile, w.column = begin, end, tile, -tile
     return w
 
 
@@ -69,12 +69,10 @@ cdef inline bint next_run(Walk *w) noexcept nogil:
     """Move to the next run; False when there is none."""
     cdef Py_ssize_t end
     if w.tile:
-        w.start += w.inner
-        if w.start >= w.stop:
-            w.column += w.tile
-            if w.column >= w.inner:
-                return False
-            w.start, w.scale, w.count = w.at + w.column, w.column, min(w.tile, w.inner - w.column)
+        w.column += w.tile
+        if w.column >= w.inner:
+            return False
+        w.start, w.scale, w.count = w.at + w.column, w.column, min(w.tile, w.inner - w.column)
         return True
     if w.at >= w.stop:
         return False
@@ -118,11 +116,6 @@ cdef inline Py_ssize_t skip_runs(Walk *w, Py_ssize_t most) noexcept nogil:
             w.o += 1
     w.at += n * w.count
     return n
-
-
-cdef inline Py_ssize_t next_start(const Walk *w) noexcept nogil:
-    """Where the run after the one at hand begins, of a walk by columns; elements, perhaps beyond the end."""
-    return w.start + w.inner if w.start + w.inner < w.stop else w.at + w.column + w.tile
 
 
 cdef inline int check_sizes(
