@@ -31,6 +31,7 @@ __all__ = [
 
 #: The smallest normal float32. No scale is smaller, so that x / scale never divides by a subnormal.
 SMALLEST_SCALE = float(np.finfo(np.float32).smallest_normal)
+_LARGEST_SCALE = float(np.finfo(np.float32).max)
 
 
 #: No group is larger: sizes are multiplied in native code.
@@ -613,6 +614,8 @@ class QParams:
 
 def check_scale(scale: ArrayLike, *, copy: bool | None = True) -> NDArray[np.float32]:
     """Return `scale` as a float32 array, of its own with `copy`; ValueError unless every entry is finite and > 0."""
+    if type(scale) is float and SMALLEST_SCALE <= scale <= _LARGEST_SCALE:  # by far the most: nothing is left to judge
+        return np.array(scale, np.float32)
     if getattr(scale, "dtype", None) == np.float32:
         array = np.array(scale, np.float32, copy=copy)
     else:
@@ -643,10 +646,12 @@ def check_zero_point(
     An array of its own with `copy`.
     """
     storage = dtype or (np.dtype(np.int8) if info.is_float else info.storage)
-    given = np.asarray(0 if zero_point is None else zero_point)
+    low, high = (0, 0) if info.is_float else (info.min, info.max)
+    if zero_point is None or (type(zero_point) is int and low <= zero_point <= high):
+        return np.array(zero_point or 0, storage)
+    given = np.asarray(zero_point)
     if given.dtype.kind not in "iu" and (given.dtype.kind != "f" or not np.array_equal(given, np.rint(given))):
         raise ValueError(f"zero_point must be whole numbers, not {given.dtype}; round it first")
-    low, high = (0, 0) if info.is_float else (info.min, info.max)
     least, most = _ends(given) if given.size else (low, high)
     if least < low or most > high:
         raise ValueError(f"zero_point {least if least < low else most} is outside {info.name}'s codes {low}..{high}")

@@ -16,6 +16,9 @@ from qnative.granularity import Granules, nonfinite_error
 
 __all__ = ["dequantize", "fake_quantize", "quantize", "sqnr"]
 
+#: Of the usual codes; NumPy takes microseconds to make up a dtype's name.
+_NAMES: dict[np.dtype[Any], str] = {np.dtype(name): name for name in ("int8", "uint8")}
+
 
 def _parameters(
     shape: tuple[int, ...],
@@ -42,7 +45,10 @@ def _parameters(
 
 
 def code_range(info: CodeDType, quant_min: float | None, quant_max: float | None) -> tuple[int, int]:
-    low, high = check_code_range(info, quant_min, quant_max)
+    if quant_min is None and quant_max is None:
+        low, high = info.min, info.max
+    else:
+        low, high = check_code_range(info, quant_min, quant_max)
     return (0, 0) if info.is_float else (int(low), int(high))  # float8 is not clamped by code
 
 
@@ -205,7 +211,7 @@ def dequantize(
         Of `out_dtype` and the codes' shape.
     """
     array = plain_array(codes)
-    info = code_dtype(array.dtype.name if dtype is None else dtype)
+    info = code_dtype(_NAMES.get(array.dtype) or array.dtype.name if dtype is None else dtype)
     wanted = float_dtype(out_dtype)
     if wanted.itemsize < 2:
         raise ValueError(f"out_dtype={wanted.name} has no room for values; use float32, float64, float16 or bfloat16")

@@ -164,15 +164,17 @@ def decode(codes: ArrayLike, dtype: object, *, out: NDArray[np.float32] | None =
     wanted: np.dtype[Any] = np.dtype(np.uint8 if name in _FLOAT8 else np.uint16)
     largest = 0xFF if name in _FLOAT8 else 0xFFFF
     array = plain_array(codes)
-    if array.dtype.name == name:
-        array = np.ascontiguousarray(array).reshape(array.shape).view(wanted)
-    if array.dtype.kind not in "iu":
-        raise TypeError(f"codes of {name} are {wanted.name}, not {array.dtype}; encode() gives them")
-    if array.dtype != wanted:
-        if array.size and (array.min() < 0 or array.max() > largest):
-            raise ValueError(f"codes of {name} lie in 0..{largest}, not {array.min()}..{array.max()}")
-        array = array.astype(wanted)
-    shape, array = array.shape, np.require(array, wanted, ["C_CONTIGUOUS", "ALIGNED"])
+    shape = array.shape
+    if not (array.dtype == wanted and array.flags.c_contiguous and array.flags.aligned):  # as most are
+        if array.dtype.name == name:
+            array = np.ascontiguousarray(array).reshape(array.shape).view(wanted)
+        if array.dtype.kind not in "iu":
+            raise TypeError(f"codes of {name} are {wanted.name}, not {array.dtype}; encode() gives them")
+        if array.dtype != wanted:
+            if array.size and (array.min() < 0 or array.max() > largest):
+                raise ValueError(f"codes of {name} lie in 0..{largest}, not {array.min()}..{array.max()}")
+            array = array.astype(wanted)
+        array = np.require(array, wanted, ["C_CONTIGUOUS", "ALIGNED"])
     into = out_target(out, shape, np.float32, array)
     values = np.empty(shape, np.float32) if into is None else into
     (_core.decode8 if name in _FLOAT8 else _core.decode)(array.reshape(-1), name, values.reshape(-1))

@@ -60,7 +60,7 @@ class Granules(NamedTuple):
     def spread(self, values: NDArray[Any], dtype: Any) -> NDArray[Any]:
         """Return `values`, of shape () or the scales', as one flat contiguous array with an entry for each scale."""
         if values.shape != self.shape:
-            values = np.broadcast_to(values, self.shape)
+            return np.full(math.prod(self.shape), values, dtype)
         values = np.ascontiguousarray(values, dtype=dtype)
         return (values if values.flags.aligned else values.copy()).reshape(-1)
 

@@ -118,6 +118,15 @@ def test_codes_are_those_of_the_reference_at_every_level(where: Any, seed: int, 
             assert _core.quantize(x, scale, zero, g.walk, low, high, codes) == nonfinite
             assert _core.quantize(x.astype(np.float64), scale, zero, g.walk, low, high, wide) == nonfinite
             assert not _core.dequantize(codes, low < 0, scale, zero, g.walk, low, high, values)
+        for source, found in ((x, codes), (x.astype(np.float64), wide)):
+            fake, decoded = np.empty(x.size, np.float32), np.empty(x.size, np.float32)
+            name = dtype if float8 else None
+            assert _core.fake_quantize(source, scale, zero, g.walk, low, high, name, fake) == nonfinite
+            if float8:
+                _core.dequantize_float8(found, scale, g.walk, dtype, decoded)
+            else:
+                _core.dequantize(found, low < 0, scale, zero, g.walk, low, high, decoded)
+            ref.assert_same_bits(fake, decoded)
         return codes, wide, values
 
     codes, wide, values = at_every_level(run)

@@ -156,7 +156,7 @@ cdef inlined encode_float8(
     const float *x, own_bytes codes, own_floats values, Entry e, const Parameters *p, Py_ssize_t at, Py_ssize_t width,
     Encoder format, bint fake, bint by_multiplying, bint each, bint fused, own_floats tracks
 ) noexcept nogil:
-    """encode(x / s), saturating, or what that decodes to. The sign is x's: multiplying makes no negative zero."""
+    """encode(x / s), saturating, or what that decodes to. Multiplying makes no negative zero: the sign is x's."""
     cdef Py_ssize_t i
     cdef float q
     cdef uint32_t encoded[WIDE]
@@ -167,10 +167,10 @@ cdef inlined encode_float8(
             e.reciprocal = p.reciprocal[at + i]
         quotient(x[i], e.scale, e.reciprocal, by_multiplying, fused, &tracks[i], &q)
         if fake:
-            round_float(q, x[i], format, &q)
+            round_float(q, x[i] if by_multiplying else q, format, &q)
             values[i] = q * e.scale
         else:
-            encode_float(q, x[i], format, False, False, False, True, &encoded[i])
+            encode_float(q, x[i] if by_multiplying else q, format, False, False, False, True, &encoded[i])
     if not fake:  # a loop of its own, or compilers make bytes of each part of a code and put these together
         for i in range(width):
             codes[i] = <uint8_t>encoded[i]
