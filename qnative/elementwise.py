@@ -153,7 +153,8 @@ def quantize(
     quant_min, quant_max : int, optional
         The codes to clamp to; the dtype's full range by default.
     nan : {"raise", "zero"}
-        Raise at NaN and infinities, or map NaN to the zero point and infinities to the ends of the range.
+        Raise at NaN and infinities, or map NaN to the zero point, clamped as every code, and infinities to the ends of
+        the range.
     out : numpy.ndarray, optional
         Where to write the codes; of the result's shape and dtype. After an error for NaN it may have been written to.
 
