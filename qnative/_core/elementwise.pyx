@@ -19,7 +19,7 @@ from libc.string cimport memcpy, memset
 
 from qnative._core.division cimport divide_by_multiplying, divided
 from qnative._core.floats cimport (
-    Decoder, Encoder, Format, decode_code, decoder_of, encode_float, encoder_of, float8_of, round_float, to_odd,
+    Decoder, Encoder, decode_code, decoder_of, encode_float, encoder_of, float8_of, round_float, to_odd,
 )
 from qnative._core.levels cimport (
     AHEAD, AVX2, AVX512, SPAN, ask, at_avx2, at_avx512, at_baseline, chosen_level, fetch, inlined, own_bytes, own_floats,
